@@ -1,0 +1,747 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""Based: gated short convolution, Taylor linear attention and sliding-window attention, one mixer a layer.
+
+    x = x + mixer_i(norm1(x));  x = x + mlp(norm2(x));  logits = lm_head(norm(x))
+
+Hidden states are [B, T, C] throughout; the mixers work on [B, T, H, D], the attention interface of transformers on
+[B, H, T, D]. Paper: arXiv 2402.18668; original code: github.com/HazyResearch/based, `based/models`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_based import TaylorCacheLayer, adopt_cache
+from .configuration_based import BasedConfig
+from .original_format import (
+    config_from_original,
+    find_weight_files,
+    generation_config_values,
+    is_original_config,
+    read_weights,
+    state_dict_from_original,
+    strip_names,
+)
+from .taylor_attention import taylor_attention, taylor_attention_step, taylor_state
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PackedDocuments:
+    """Documents that share a row without seeing each other: `ids` [B, T], and their bounds `cu_seqlens` in [B * T]."""
+
+    ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+class BasedRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Of any dtype, in fp32; the result has the weight's dtype, since the residual stream may be fp32."""
+        hidden_states = hidden_states.float()
+        hidden_states = hidden_states * torch.rsqrt(
+            hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon
+        )
+        return (self.weight * hidden_states).to(self.weight.dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class BasedMLP(nn.Module):
+    def __init__(self, config: BasedConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def short_convolution(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Causal depthwise convolution, a sum over its K taps, accumulated in fp32.
+
+    Args:
+        inputs: `[B, T, C]`. weight: `[C, K]`, the last tap on the token itself.
+        state: `[B, K - 1, C]`, the last inputs before these; zeros at the start.
+        mask: `[B, T]`, bool. A token with False does not exist: its neighbours touch.
+        document_ids: `[B, T]`; a tap never reaches into another document.
+
+    Returns:
+        The output `[B, T, C]` in fp32 (fp64 for fp64), anything where the mask is False, and the next state.
+    """
+    batch, length, channels = inputs.shape
+    width = weight.shape[1]
+    if state is None:
+        state = inputs.new_zeros(batch, width - 1, channels)
+    inputs = torch.cat([state, inputs], dim=1)
+    order = None
+    if mask is not None:
+        # Tokens that do not exist move to the front, so that what exists is contiguous, the state included.
+        exists = torch.cat([mask.new_ones(batch, width - 1), mask], dim=1)
+        order = exists.int().argsort(dim=1, stable=True)
+        inputs = inputs.masked_fill(~exists[..., None], 0).gather(1, order[..., None].expand_as(inputs))
+    next_state = inputs[:, length:]
+    if document_ids is not None:
+        document_ids = torch.cat([document_ids.new_full((batch, width - 1), -1), document_ids], dim=1)
+        document_ids = document_ids if order is None else document_ids.gather(1, order)
+
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    inputs, weight = inputs.to(dtype), weight.to(dtype)
+    output = inputs[:, width - 1 :] * weight[:, -1]
+    for tap in range(width - 1):
+        shifted = inputs[:, tap : tap + length]
+        if document_ids is not None:
+            same = document_ids[:, tap : tap + length] == document_ids[:, width - 1 :]
+            shifted = shifted.masked_fill(~same[..., None], 0)
+        output = torch.addcmul(output, shifted, weight[:, tap])
+    if order is not None:
+        whole = torch.cat([output.new_zeros(batch, width - 1, channels), output], dim=1)
+        output = torch.empty_like(whole).scatter(1, order[..., None].expand_as(whole), whole)[:, width - 1 :]
+    return output, next_state
+
+
+class BasedShortConv(nn.Module):
+    """`out_proj(silu(conv(u)) * g)` with `u, g = in_proj(x)`; `BaseConv` in the original `mixers/convolution.py`."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        channels = config.conv_intermediate_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.conv_bias)
+        self.conv = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels, bias=False)
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.conv_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        documents: PackedDocuments | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        inputs, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        layer: TaylorCacheLayer | None = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        output, state = short_convolution(
+            inputs,
+            self.conv.weight.squeeze(1),
+            state=layer.state if layer is not None else None,
+            mask=attention_mask,
+            document_ids=documents.ids if documents is not None else None,
+        )
+        if layer is not None:
+            layer.record(partial(_conv_state, self.conv.weight.squeeze(1)), inputs, attention_mask)
+            layer.update_recurrent_state(state)
+            layer.count(inputs.shape[1])
+        return self.out_proj((nn.functional.silu(output) * gate).to(gate.dtype))
+
+
+def _conv_state(weight, state, inputs, mask):
+    """For the cache to redo recorded tokens."""
+    return short_convolution(inputs, weight, state, mask)[1]
+
+
+class BasedLinearAttention(nn.Module):
+    """Linear attention, see taylor_attention.py; `LinearAttention` in the original `mixers/linear_attention.py`."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.scaling = config.linear_num_heads, config.linear_scale
+        key_size, value_size = (self.num_heads * d for d in (config.linear_feature_dim, config.linear_head_dim))
+        self.q_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
+        self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        documents: PackedDocuments | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        batch, length, _ = hidden_states.shape
+        # [B, T, H, D] twice and [B, T, H, V]
+        query, key, value = (
+            proj(hidden_states).view(batch, length, self.num_heads, -1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        options = {"scale": self.scaling, "mask": attention_mask}
+        if documents is not None:
+            flat = [x.reshape(1, batch * length, *x.shape[2:]) for x in (query, key, value)]
+            options["mask"] = attention_mask.reshape(1, -1) if attention_mask is not None else None
+            output, _ = taylor_attention(*flat, cu_seqlens=documents.cu_seqlens, **options)
+        elif past_key_values is None:
+            output, _ = taylor_attention(query, key, value, **options)
+        else:
+            layer: TaylorCacheLayer = past_key_values.layers[self.layer_idx]
+            layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
+            if length == 1 and layer.state is not None and not torch.is_grad_enabled():
+                output = taylor_attention_step(query, key, value, layer.state, **options)
+            else:
+                output, state = taylor_attention(
+                    query, key, value, initial_state=layer.state, output_final_state=True, **options
+                )
+                layer.update_recurrent_state(state)
+            layer.count(length)
+        return self.o_proj(output.reshape(batch, length, -1))
+
+
+class BasedAttention(nn.Module):
+    """Softmax attention in a window, with rotary; `SlidingAttention` in the original `mixers/slide_attention.py`."""
+
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.sliding_window = config.sliding_window
+        self.is_causal = True
+        query_size, key_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        documents: PackedDocuments | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        # [B, H, T, D]
+        query, key, value = (
+            proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rotated_query, rotated_key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        blocks = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 5:
+            blocks = attention_mask.shape[1]
+            query, key, value, attention_mask = _cut_in_blocks(query, key, value, attention_mask, self.sliding_window)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        if blocks is not None:
+            output, weights = output.reshape(batch, -1, *output.shape[2:])[:, :length], None
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+
+def _cut_in_blocks(query, key, value, mask, window):
+    """
+    Sliding attention as plain attention inside blocks of N queries, each with the N + W - 1 keys it can reach, so that
+    its cost is linear in T. The blocks become rows of the batch: [B, H, T, D] -> [B * blocks, H, N, D].
+    """
+    batch, _, length, _ = query.shape
+    blocks, block_size = mask.shape[1], mask.shape[3]
+    tail = blocks * block_size - length
+    head = window - 1 - (key.shape[2] - length)
+
+    def cut(x, before, size):
+        x = nn.functional.pad(x, (0, 0, before, tail)).unfold(2, size, block_size)  # [B, H, blocks, D, size]
+        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    query, key, value = cut(query, 0, block_size), *(cut(x, head, block_size + window - 1) for x in (key, value))
+    return query, key, value, mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+
+
+def _block_mask(
+    config: BasedConfig,
+    like: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_length: int,
+    offset: int,
+    document_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    The mask for `_cut_in_blocks`, `[B or 1, blocks, 1, N, N + W - 1]`, for T new tokens behind `past_length` cached
+    keys, the first of them token `offset` of the row.
+    """
+    length, window, device = like.shape[1], config.sliding_window, like.device
+    block_size = max(window, _MIN_BLOCK)
+    blocks = -(-length // block_size)
+    size, head, tail = block_size + window - 1, window - 1 - past_length, blocks * block_size - length
+    exists = torch.ones(1, past_length + length, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        exists = attention_mask[:, offset : offset + past_length + length].bool()
+    exists = nn.functional.pad(exists, (head, tail)).unfold(1, size, block_size)[:, :, None]  # [B, blocks, 1, size]
+    distance = torch.arange(size, device=device) - torch.arange(block_size, device=device)[:, None]
+    mask = (distance >= 0) & (distance < window) & exists
+    if document_ids is not None:
+        of_key = nn.functional.pad(document_ids, (head, tail), value=-1).unfold(1, size, block_size)
+        of_query = nn.functional.pad(document_ids, (0, tail), value=-1).unflatten(1, (blocks, block_size))
+        mask = mask & (of_query[..., None] == of_key[:, :, None])
+    # A query sees its own key even if it is padding: a row that sees nothing would be NaN.
+    mask = (mask | (distance == window - 1))[:, :, None]
+    if config._attn_implementation == "eager":
+        dtype = like.dtype
+        mask = torch.zeros((), dtype=dtype, device=device).where(mask, torch.finfo(dtype).min)
+    return mask
+
+
+# Blocks shorter than this cost more in launches than they save in arithmetic.
+_MIN_BLOCK = 64
+
+
+def _mask_by_layer_type(
+    config: BasedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    documents: PackedDocuments | None = None,
+    output_attentions: bool = False,
+) -> dict[str, torch.Tensor | None]:
+    """
+    What each kind of mixer needs of the `[B, past + T]` padding mask: the recurrent ones a bool `[B, T]` or `None`, the
+    attention what its implementation takes, or the 5-dimensional mask of `_block_mask`.
+    """
+    length = inputs_embeds.shape[1]
+    if attention_mask is not None:
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask.ndim != 2 or attention_mask.shape != (inputs_embeds.shape[0], past_length + length):
+            raise ValueError(
+                f"`attention_mask` must be [batch, past + new tokens] = "
+                f"{(inputs_embeds.shape[0], past_length + length)}; got {tuple(attention_mask.shape)}. Recurrent "
+                "layers cannot follow a mask with more dimensions."
+            )
+    padding = attention_mask[:, -length:].bool() if attention_mask is not None else None
+    if padding is not None and not torch.compiler.is_compiling() and padding.all():
+        padding = None
+    masks = {"conv": padding, "linear_attention": padding}
+    if "sliding_attention" in config.layer_types:
+        past_length, offset = 0, 0
+        if past_key_values is not None:
+            key_length, offset = past_key_values.get_mask_sizes(length, config.layer_types.index("sliding_attention"))
+            past_length = key_length - length
+        is_plain = config._attn_implementation in ("sdpa", "eager")
+        if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
+            document_ids = documents.ids if documents is not None else None
+            masks["sliding_attention"] = _block_mask(
+                config, inputs_embeds, attention_mask, past_length, offset, document_ids
+            )
+        else:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                and_mask_function=_same_document(documents) if documents is not None else None,
+            )
+    return masks
+
+
+def _same_document(documents: PackedDocuments) -> Callable:
+    ids = documents.ids
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return ids[batch_idx, q_idx] == ids[batch_idx, kv_idx]
+
+    return mask_function
+
+
+def _packed_documents(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+) -> PackedDocuments | None:
+    """
+    The documents that share rows, from `cu_seq_lens`, else `seq_idx`, else positions that restart between two tokens
+    that exist; `None` if each row is one document.
+    """
+    (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
+    if cu_seq_lens is not None:
+        bounds = cu_seq_lens.tolist()
+        if batch != 1 or bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
+                f"{bounds} and {batch} rows."
+            )
+        seq_idx = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
+        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
+    elif position_ids is not None and length > 1:
+        starts = position_ids[:, 1:] - position_ids[:, :-1] != 1
+        if attention_mask is not None:
+            exists = attention_mask[:, -length:].bool()
+            starts = starts & exists[:, 1:] & exists[:, :-1]
+    else:
+        return None
+    if not starts.any():
+        return None
+    starts = nn.functional.pad(starts.expand(batch, -1), (1, 0), value=True)
+    bounds = starts.flatten().nonzero().flatten()
+    cu_seqlens = nn.functional.pad(bounds, (0, 1), value=batch * length).to(torch.int32)
+    return PackedDocuments(ids=starts.int().cumsum(dim=1), cu_seqlens=cu_seqlens)
+
+
+class BasedDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "conv":
+            self.conv = BasedShortConv(config, layer_idx)
+        elif self.layer_type == "linear_attention":
+            self.linear_attn = BasedLinearAttention(config, layer_idx)
+        else:
+            self.self_attn = BasedAttention(config, layer_idx)
+        self.mlp = BasedMLP(config)
+        self.input_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == "conv":
+            hidden_states = self.conv(hidden_states, **kwargs)
+        elif self.layer_type == "linear_attention":
+            hidden_states = self.linear_attn(hidden_states, **kwargs)
+        else:
+            hidden_states, _ = self.self_attn(hidden_states, **kwargs)
+        residual = residual + hidden_states
+        return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+@auto_docstring
+class BasedPreTrainedModel(PreTrainedModel):
+    config: BasedConfig
+    config_class = BasedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BasedDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The state rolls back exactly (cache_based.py), so assisted decoding works.
+    _is_stateful = False
+    _can_record_outputs = {"hidden_states": BasedDecoderLayer, "attentions": BasedAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the original `special_initializer`: what writes into the residual stream starts smaller with depth."""
+        super()._init_weights(module)
+        into_residual = {
+            BasedShortConv: "out_proj",
+            BasedLinearAttention: "o_proj",
+            BasedAttention: "o_proj",
+            BasedMLP: "down_proj",
+        }
+        if type(module) in into_residual:
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(getattr(module, into_residual[type(module)]).weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        As everywhere in transformers; a folder or Hub repository in the original layout loads as well.
+
+        Raises:
+            ValueError: an original checkpoint that is truncated, incomplete, or does not fit its config; the message
+                names file and key.
+        """
+        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
+        config_dict = {}
+        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+            config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        if not is_original_config(config_dict):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+        source = str(pretrained_model_name_or_path)
+        weights, dropped = {}, []
+        for path in find_weight_files(source, **hub_kwargs):
+            part, junk = strip_names(read_weights(path))
+            weights.update(part)
+            dropped += junk
+            source = path
+        if dropped:
+            logger.warning(f"{source}: dropped {', '.join(sorted(dropped))}: no weights of the model.")
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
+        if not isinstance(config, PreTrainedConfig):
+            kwargs = {name: value for name, value in kwargs.items() if name not in hub}
+            config, kwargs = BasedConfig.from_dict(
+                {"model_type": "based", **config_from_original(config_dict, shapes)},
+                return_unused_kwargs=True,
+                **kwargs,
+            )
+        state_dict = state_dict_from_original(weights, config, _weight_shapes(config), source)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        if model.can_generate() and kwargs.get("generation_config") is None:
+            model.generation_config.update(**generation_config_values(config))
+        if info is None:
+            return model
+        info["unexpected_keys"] = set(info["unexpected_keys"]) | set(dropped)
+        return model, info
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As everywhere in transformers; the config also tells where each head is in the model code that goes along."""
+        if self._auto_class is not None:
+            self.config.auto_map = {
+                "AutoConfig": "configuration_based.BasedConfig",
+                **{auto_class: f"modeling_based.{name}" for auto_class, name in AUTO_CLASSES.items()},
+            }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _weight_shapes(config: BasedConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in BasedForCausalLM(config).state_dict().items()}
+
+
+@auto_docstring
+class BasedModel(BasedPreTrainedModel):
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(BasedDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The document of each token where several share a row. `cu_seq_lens_q` or `position_ids` that restart say the
+            same. Documents do not see each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        length = inputs_embeds.shape[1]
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        documents = None
+        if masks is None:
+            documents = _packed_documents(
+                inputs_embeds, attention_mask, position_ids, seq_idx, kwargs.get("cu_seq_lens_q")
+            )
+        if documents is not None and past_key_values is not None:
+            raise ValueError(
+                "Packed documents (`cu_seq_lens_q`, `seq_idx` or restarting `position_ids`) leave no one state to go "
+                "on from: call the model without `past_key_values`, or with one document a row."
+            )
+        if use_cache and past_key_values is None and documents is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config)
+
+        if masks is None:
+            masks = _mask_by_layer_type(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                documents,
+                output_attentions=kwargs.get("output_attentions", self.config.output_attentions),
+            )
+        position_embeddings = None
+        if "sliding_attention" in self.config.layer_types:
+            if position_ids is None:
+                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
+            # fp32 whatever the model's dtype: positions in the thousands have no exact angle in bf16.
+            position_embeddings = self.rotary_emb(inputs_embeds.float(), position_ids)
+            kwargs.update(_flash_arguments(self.config, documents, inputs_embeds.shape[0]))
+
+        hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.layer_type],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                documents=documents,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _flash_arguments(config: BasedConfig, documents: PackedDocuments | None, batch: int) -> dict:
+    """Flash attention takes no mask for documents but their bounds."""
+    if documents is None or "flash" not in config._attn_implementation:
+        return {}
+    if batch != 1:
+        raise ValueError("Flash attention takes packed documents in one row: flatten the batch, or use sdpa.")
+    longest = int(documents.cu_seqlens.diff().max())
+    bounds = documents.cu_seqlens
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+@auto_docstring
+class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.model = BasedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from transformers_based import BasedForCausalLM
+
+        >>> model = BasedForCausalLM.from_pretrained("hazyresearch/based-360m")
+        >>> tokenizer = AutoTokenizer.from_pretrained("gpt2")
+        >>> inputs = tokenizer("Linear attention is", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """`generate` asks the new cache for its length before the first forward; an attention-free one has none."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            adopt_cache(model_kwargs["past_key_values"], self.config)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """Called by `generate` outside of the compiled forward; see `_mask_by_layer_type`."""
+        return _mask_by_layer_type(config, inputs_embeds, attention_mask, past_key_values)
+
+
+class BasedForSequenceClassification(GenericForSequenceClassification, BasedPreTrainedModel):
+    pass
+
+
+class BasedForTokenClassification(GenericForTokenClassification, BasedPreTrainedModel):
+    pass
+
+
+class BasedForQuestionAnswering(GenericForQuestionAnswering, BasedPreTrainedModel):
+    pass
+
+
+AUTO_CLASSES = {
+    "AutoModel": "BasedModel",
+    "AutoModelForCausalLM": "BasedForCausalLM",
+    "AutoModelForSequenceClassification": "BasedForSequenceClassification",
+    "AutoModelForTokenClassification": "BasedForTokenClassification",
+    "AutoModelForQuestionAnswering": "BasedForQuestionAnswering",
+}
+
+__all__ = ["BasedPreTrainedModel", *AUTO_CLASSES.values()]
