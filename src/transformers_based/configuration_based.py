@@ -73,6 +73,27 @@ class BasedConfig(PreTrainedConfig):
     model_type = "based"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 10000.0
+    # The short convolutions run whole on every rank; only the weights around them are shared out.
+    base_model_tp_plan = {
+        "layers.*.conv.in_proj": "colwise_gather_output",
+        "layers.*.conv.out_proj": "colwise_gather_output",
+        "layers.*.linear_attn.q_proj": "colwise",
+        "layers.*.linear_attn.k_proj": "colwise",
+        "layers.*.linear_attn.v_proj": "colwise",
+        "layers.*.linear_attn.o_proj": "rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 50264
     unpadded_vocab_size: int | None = None

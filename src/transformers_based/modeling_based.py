@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -90,6 +90,26 @@ class BasedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+def _pads_first(exists: torch.Tensor) -> torch.Tensor:
+    """The order `[B, N]` of the tokens of a row that brings those that do not exist to its front."""
+    return exists.int().argsort(dim=1, stable=True)
+
+
+def _reorder(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    return x.gather(dim, _index(order, x, dim))
+
+
+def _restore(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    """Undoes `_reorder`."""
+    return torch.empty_like(x).scatter(dim, _index(order, x, dim), x)
+
+
+def _index(order: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = order.shape
+    return order.view(shape).expand_as(x)
+
+
 def short_convolution(
     inputs: torch.Tensor,
     weight: torch.Tensor,
@@ -118,8 +138,8 @@ def short_convolution(
     if mask is not None:
         # Tokens that do not exist move to the front, so that what exists is contiguous, the state included.
         exists = torch.cat([mask.new_ones(batch, width - 1), mask], dim=1)
-        order = exists.int().argsort(dim=1, stable=True)
-        inputs = inputs.masked_fill(~exists[..., None], 0).gather(1, order[..., None].expand_as(inputs))
+        order = _pads_first(exists)
+        inputs = _reorder(inputs.masked_fill(~exists[..., None], 0), order, dim=1)
     next_state = inputs[:, length:]
     if document_ids is not None:
         document_ids = torch.cat([document_ids.new_full((batch, width - 1), -1), document_ids], dim=1)
@@ -135,8 +155,8 @@ def short_convolution(
             shifted = shifted.masked_fill(~same[..., None], 0)
         output = torch.addcmul(output, shifted, weight[:, tap])
     if order is not None:
-        whole = torch.cat([output.new_zeros(batch, width - 1, channels), output], dim=1)
-        output = torch.empty_like(whole).scatter(1, order[..., None].expand_as(whole), whole)[:, width - 1 :]
+        output = nn.functional.pad(output, (0, 0, width - 1, 0))
+        output = _restore(output, order, dim=1)[:, width - 1 :]
     return output, next_state
 
 
@@ -186,8 +206,12 @@ class BasedLinearAttention(nn.Module):
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.num_heads, self.scaling = config.linear_num_heads, config.linear_scale
-        key_size, value_size = (self.num_heads * d for d in (config.linear_feature_dim, config.linear_head_dim))
+        self.feature_dim, self.head_dim, self.scaling = (
+            config.linear_feature_dim,
+            config.linear_head_dim,
+            config.linear_scale,
+        )
+        key_size, value_size = (config.linear_num_heads * size for size in (self.feature_dim, self.head_dim))
         self.q_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
@@ -204,8 +228,12 @@ class BasedLinearAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         # [B, T, H, D] twice and [B, T, H, V]
         query, key, value = (
-            proj(hidden_states).view(batch, length, self.num_heads, -1)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(hidden_states).view(batch, length, -1, size)
+            for proj, size in (
+                (self.q_proj, self.feature_dim),
+                (self.k_proj, self.feature_dim),
+                (self.v_proj, self.head_dim),
+            )
         )
         options = {"scale": self.scaling, "mask": attention_mask}
         if documents is not None:
@@ -253,6 +281,7 @@ class BasedAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
+        slot_order: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -265,6 +294,13 @@ class BasedAttention(nn.Module):
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        past_length = key.shape[2] - length
+        if slot_order is not None:
+            key, value = (_reorder(x, slot_order, dim=2) for x in (key, value))
+            query = _reorder(nn.functional.pad(query, (0, 0, past_length, 0)), slot_order, dim=2)[:, :, past_length:]
+            if past_key_values is not None:
+                layer = past_key_values.layers[self.layer_idx]
+                layer.keys, layer.values = (x[:, :, -layer.keys.shape[2] :] for x in (key, value))
 
         blocks = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 5:
@@ -286,6 +322,9 @@ class BasedAttention(nn.Module):
         )
         if blocks is not None:
             output, weights = output.reshape(batch, -1, *output.shape[2:])[:, :length], None
+        if slot_order is not None:
+            output = nn.functional.pad(output, (0, 0, 0, 0, past_length, 0))
+            output = _restore(output, slot_order, dim=1)[:, past_length:]
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
@@ -345,7 +384,7 @@ def _block_mask(
 _MIN_BLOCK = 64
 
 
-def _mask_by_layer_type(
+def _masks(
     config: BasedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -354,49 +393,70 @@ def _mask_by_layer_type(
     output_attentions: bool = False,
 ) -> dict[str, torch.Tensor | None]:
     """
-    What each kind of mixer needs of the `[B, past + T]` padding mask: the recurrent ones a bool `[B, T]` or `None`, the
-    attention what its implementation takes, or the 5-dimensional mask of `_block_mask`.
+    What the mixers need of the `[B, past + T]` padding mask. By layer type: for the recurrent ones a bool `[B, T]`, or
+    `None` if every token exists; for the attention what its implementation takes, or the mask of `_block_mask`. Under
+    "slot_order": the order of the attention's keys that brings padding to the front, or `None` if it is there already.
     """
-    length = inputs_embeds.shape[1]
+    batch, length = inputs_embeds.shape[:2]
+    past_length = 0
     if attention_mask is not None:
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask.ndim != 2 or attention_mask.shape != (inputs_embeds.shape[0], past_length + length):
+        if attention_mask.ndim != 2 or attention_mask.shape != (batch, past_length + length):
             raise ValueError(
-                f"`attention_mask` must be [batch, past + new tokens] = "
-                f"{(inputs_embeds.shape[0], past_length + length)}; got {tuple(attention_mask.shape)}. Recurrent "
-                "layers cannot follow a mask with more dimensions."
+                f"`attention_mask` must be [batch, past + new tokens] = {(batch, past_length + length)}; got "
+                f"{tuple(attention_mask.shape)}. Recurrent layers cannot follow a mask with more dimensions."
             )
+        if not torch.compiler.is_compiling():
+            if length > 1 and not ((attention_mask == 0) | (attention_mask == 1)).all():
+                raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
+            attention_mask = None if attention_mask.all() else attention_mask.bool()
     padding = attention_mask[:, -length:].bool() if attention_mask is not None else None
     if padding is not None and not torch.compiler.is_compiling() and padding.all():
         padding = None
-    masks = {"conv": padding, "linear_attention": padding}
-    if "sliding_attention" in config.layer_types:
-        past_length, offset = 0, 0
-        if past_key_values is not None:
-            key_length, offset = past_key_values.get_mask_sizes(length, config.layer_types.index("sliding_attention"))
-            past_length = key_length - length
-        is_plain = config._attn_implementation in ("sdpa", "eager")
-        if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
-            document_ids = documents.ids if documents is not None else None
-            masks["sliding_attention"] = _block_mask(
-                config, inputs_embeds, attention_mask, past_length, offset, document_ids
+    masks = {"conv": padding, "linear_attention": padding, "slot_order": None}
+    if "sliding_attention" not in config.layer_types:
+        return masks
+
+    num_keys, offset = length, 0
+    if past_key_values is not None:
+        layer_idx = config.layer_types.index("sliding_attention")
+        num_keys, offset = past_key_values.get_mask_sizes(length, layer_idx)
+    # Padding behind a token that exists: the window counts tokens, so the keys must be made contiguous.
+    is_scattered = attention_mask is not None and not torch.compiler.is_compiling()
+    if is_scattered and (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
+        if past_key_values is not None and not isinstance(past_key_values.layers[layer_idx], DynamicSlidingWindowLayer):
+            raise ValueError(
+                "Padding behind tokens that exist moves tokens in the window, which a static cache cannot: use a "
+                "dynamic cache, or pad on the left."
             )
-        else:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                and_mask_function=_same_document(documents) if documents is not None else None,
-            )
+        seen = attention_mask[:, :past_length].sum(dim=1, keepdim=True)
+        in_cache = torch.arange(num_keys - length, 0, -1, device=attention_mask.device) <= seen
+        exists = torch.cat([in_cache, attention_mask[:, -length:]], dim=1)
+        masks["slot_order"] = _pads_first(exists)
+        attention_mask = nn.functional.pad(exists.gather(1, masks["slot_order"]), (offset, 0))
+    document_ids = documents.ids if documents is not None else None
+    if document_ids is not None and masks["slot_order"] is not None:
+        document_ids = document_ids.gather(1, masks["slot_order"])
+
+    is_plain = config._attn_implementation in ("sdpa", "eager")
+    if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
+        masks["sliding_attention"] = _block_mask(
+            config, inputs_embeds, attention_mask, num_keys - length, offset, document_ids
+        )
+    else:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=_same_document(document_ids) if document_ids is not None else None,
+        )
     return masks
 
 
-def _same_document(documents: PackedDocuments) -> Callable:
-    ids = documents.ids
-
+def _same_document(document_ids: torch.Tensor) -> Callable:
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return ids[batch_idx, q_idx] == ids[batch_idx, kv_idx]
+        return document_ids[batch_idx, q_idx] == document_ids[batch_idx, kv_idx]
 
     return mask_function
 
@@ -612,7 +672,7 @@ class BasedModel(BasedPreTrainedModel):
             adopt_cache(past_key_values, self.config)
 
         if masks is None:
-            masks = _mask_by_layer_type(
+            masks = _masks(
                 self.config,
                 inputs_embeds,
                 attention_mask,
@@ -622,7 +682,9 @@ class BasedModel(BasedPreTrainedModel):
             )
         position_embeddings = None
         if "sliding_attention" in self.config.layer_types:
-            if position_ids is None:
+            if position_ids is None and isinstance(attention_mask, torch.Tensor):
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
+            elif position_ids is None:
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
             # fp32 whatever the model's dtype: positions in the thousands have no exact angle in bf16.
@@ -637,6 +699,7 @@ class BasedModel(BasedPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 documents=documents,
+                slot_order=masks.get("slot_order"),
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -656,6 +719,9 @@ def _flash_arguments(config: BasedConfig, documents: PackedDocuments | None, bat
 @auto_docstring
 class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: BasedConfig):
         super().__init__(config)
@@ -714,14 +780,31 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate` asks the new cache for its length before the first forward; an attention-free one has none."""
+        refused = {
+            "quantized": "its state is a running sum, which must stay fp32",
+            "offloaded": "its state has a fixed size and is needed at every step",
+            "offloaded_static": "its state has a fixed size and is needed at every step",
+        }
+        if (wanted := generation_config.cache_implementation) in refused:
+            raise ValueError(
+                f'Based has no use for `cache_implementation="{wanted}"`: {refused[wanted]}. Leave it out, or use '
+                '"static".'
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             adopt_cache(model_kwargs["past_key_values"], self.config)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused before it changes the model: its pages hold keys and values, not a recurrent state."""
+        raise NotImplementedError(
+            "Continuous batching keeps keys and values in pages, which a recurrent state does not have. Use `generate` "
+            "with a padded batch instead."
+        )
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """Called by `generate` outside of the compiled forward; see `_mask_by_layer_type`."""
-        return _mask_by_layer_type(config, inputs_embeds, attention_mask, past_key_values)
+        """Called by `generate` outside of the compiled forward; see `_masks`."""
+        return _masks(config, inputs_embeds, attention_mask, past_key_values)
 
 
 class BasedForSequenceClassification(GenericForSequenceClassification, BasedPreTrainedModel):
