@@ -9,12 +9,13 @@ Hidden states are [B, T, C] throughout; the mixers work on [B, T, H, D], the att
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
@@ -52,8 +53,7 @@ from .taylor_attention import taylor_attention, taylor_attention_step, taylor_st
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class PackedDocuments:
+class PackedDocuments(NamedTuple):
     """Documents that share a row without seeing each other: `ids` [B, T], and their bounds `cu_seqlens` in [B * T]."""
 
     ids: torch.Tensor
@@ -281,7 +281,7 @@ class BasedAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
-        slot_order: torch.Tensor | None = None,
+        key_order: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -295,9 +295,9 @@ class BasedAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         past_length = key.shape[2] - length
-        if slot_order is not None:
-            key, value = (_reorder(x, slot_order, dim=2) for x in (key, value))
-            query = _reorder(nn.functional.pad(query, (0, 0, past_length, 0)), slot_order, dim=2)[:, :, past_length:]
+        if key_order is not None:
+            key, value = (_reorder(x, key_order, dim=2) for x in (key, value))
+            query = _reorder(nn.functional.pad(query, (0, 0, past_length, 0)), key_order, dim=2)[:, :, past_length:]
             if past_key_values is not None:
                 layer = past_key_values.layers[self.layer_idx]
                 layer.keys, layer.values = (x[:, :, -layer.keys.shape[2] :] for x in (key, value))
@@ -322,9 +322,9 @@ class BasedAttention(nn.Module):
         )
         if blocks is not None:
             output, weights = output.reshape(batch, -1, *output.shape[2:])[:, :length], None
-        if slot_order is not None:
+        if key_order is not None:
             output = nn.functional.pad(output, (0, 0, 0, 0, past_length, 0))
-            output = _restore(output, slot_order, dim=1)[:, past_length:]
+            output = _restore(output, key_order, dim=1)[:, past_length:]
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
@@ -346,6 +346,96 @@ def _cut_in_blocks(query, key, value, mask, window):
     return query, key, value, mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)
 
 
+# Blocks shorter than this cost more in launches than they save in arithmetic.
+_MIN_BLOCK = 64
+
+
+def _make_masks(
+    config: BasedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    documents: PackedDocuments | None = None,
+    output_attentions: bool = False,
+) -> dict[str, torch.Tensor | None]:
+    """
+    What each layer type needs to know of padding, made once a forward from the `[B, past + T]` attention mask.
+
+    Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, or the
+    mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together, behind the
+    padding; `None` if they are.
+    """
+    attention_mask = _checked(attention_mask, inputs_embeds, past_key_values)
+    length = inputs_embeds.shape[1]
+    tokens = attention_mask[:, -length:] if attention_mask is not None else None
+    if tokens is not None and not torch.compiler.is_compiling() and tokens.all():
+        tokens = None
+    masks = {"conv": tokens, "linear_attention": tokens, "key_order": None}
+    if "sliding_attention" not in config.layer_types:
+        return masks
+
+    past_length, offset = 0, 0
+    if past_key_values is not None:
+        layer_idx = config.layer_types.index("sliding_attention")
+        num_keys, offset = past_key_values.get_mask_sizes(length, layer_idx)
+        past_length = num_keys - length
+    document_ids = documents.ids if documents is not None else None
+    if _has_padding_behind_tokens(attention_mask):
+        if past_key_values is not None and not isinstance(past_key_values.layers[layer_idx], DynamicSlidingWindowLayer):
+            raise ValueError(
+                "Padding behind tokens that exist moves tokens in the window, which a static cache cannot: use a "
+                "dynamic cache, or pad on the left."
+            )
+        seen = attention_mask[:, :-length].sum(dim=1, keepdim=True)
+        is_kept = torch.arange(past_length, 0, -1, device=attention_mask.device) <= seen
+        exists = torch.cat([is_kept, attention_mask[:, -length:]], dim=1)
+        masks["key_order"] = _pads_first(exists)
+        attention_mask = nn.functional.pad(exists.gather(1, masks["key_order"]), (offset, 0))
+        document_ids = document_ids.gather(1, masks["key_order"]) if document_ids is not None else None
+
+    is_plain = config._attn_implementation in ("sdpa", "eager")
+    if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
+        masks["sliding_attention"] = _block_mask(
+            config, inputs_embeds, attention_mask, past_length, offset, document_ids
+        )
+    else:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=_same_document(document_ids) if document_ids is not None else None,
+        )
+    return masks
+
+
+def _checked(
+    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+) -> torch.Tensor | None:
+    """The attention mask as bool, `None` if it hides nothing."""
+    if attention_mask is None:
+        return None
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    expected = (inputs_embeds.shape[0], past_length + inputs_embeds.shape[1])
+    if attention_mask.shape != expected:
+        raise ValueError(
+            f"`attention_mask` must be [batch, past + new tokens] = {expected}; got {tuple(attention_mask.shape)}. "
+            "Recurrent layers cannot follow a mask with more dimensions."
+        )
+    if not torch.compiler.is_compiling():
+        if inputs_embeds.shape[1] > 1 and not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
+        if attention_mask.all():
+            return None
+    return attention_mask.bool()
+
+
+def _has_padding_behind_tokens(attention_mask: torch.Tensor | None) -> bool:
+    if attention_mask is None or torch.compiler.is_compiling():
+        return False
+    return bool((attention_mask[:, :-1] & ~attention_mask[:, 1:]).any())
+
+
 def _block_mask(
     config: BasedConfig,
     like: torch.Tensor,
@@ -364,7 +454,7 @@ def _block_mask(
     size, head, tail = block_size + window - 1, window - 1 - past_length, blocks * block_size - length
     exists = torch.ones(1, past_length + length, dtype=torch.bool, device=device)
     if attention_mask is not None:
-        exists = attention_mask[:, offset : offset + past_length + length].bool()
+        exists = attention_mask[:, offset : offset + past_length + length]
     exists = nn.functional.pad(exists, (head, tail)).unfold(1, size, block_size)[:, :, None]  # [B, blocks, 1, size]
     distance = torch.arange(size, device=device) - torch.arange(block_size, device=device)[:, None]
     mask = (distance >= 0) & (distance < window) & exists
@@ -375,83 +465,8 @@ def _block_mask(
     # A query sees its own key even if it is padding: a row that sees nothing would be NaN.
     mask = (mask | (distance == window - 1))[:, :, None]
     if config._attn_implementation == "eager":
-        dtype = like.dtype
-        mask = torch.zeros((), dtype=dtype, device=device).where(mask, torch.finfo(dtype).min)
+        mask = torch.zeros((), dtype=like.dtype, device=device).where(mask, torch.finfo(like.dtype).min)
     return mask
-
-
-# Blocks shorter than this cost more in launches than they save in arithmetic.
-_MIN_BLOCK = 64
-
-
-def _masks(
-    config: BasedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    documents: PackedDocuments | None = None,
-    output_attentions: bool = False,
-) -> dict[str, torch.Tensor | None]:
-    """
-    What the mixers need of the `[B, past + T]` padding mask. By layer type: for the recurrent ones a bool `[B, T]`, or
-    `None` if every token exists; for the attention what its implementation takes, or the mask of `_block_mask`. Under
-    "slot_order": the order of the attention's keys that brings padding to the front, or `None` if it is there already.
-    """
-    batch, length = inputs_embeds.shape[:2]
-    past_length = 0
-    if attention_mask is not None:
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask.ndim != 2 or attention_mask.shape != (batch, past_length + length):
-            raise ValueError(
-                f"`attention_mask` must be [batch, past + new tokens] = {(batch, past_length + length)}; got "
-                f"{tuple(attention_mask.shape)}. Recurrent layers cannot follow a mask with more dimensions."
-            )
-        if not torch.compiler.is_compiling():
-            if length > 1 and not ((attention_mask == 0) | (attention_mask == 1)).all():
-                raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
-            attention_mask = None if attention_mask.all() else attention_mask.bool()
-    padding = attention_mask[:, -length:].bool() if attention_mask is not None else None
-    if padding is not None and not torch.compiler.is_compiling() and padding.all():
-        padding = None
-    masks = {"conv": padding, "linear_attention": padding, "slot_order": None}
-    if "sliding_attention" not in config.layer_types:
-        return masks
-
-    num_keys, offset = length, 0
-    if past_key_values is not None:
-        layer_idx = config.layer_types.index("sliding_attention")
-        num_keys, offset = past_key_values.get_mask_sizes(length, layer_idx)
-    # Padding behind a token that exists: the window counts tokens, so the keys must be made contiguous.
-    is_scattered = attention_mask is not None and not torch.compiler.is_compiling()
-    if is_scattered and (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-        if past_key_values is not None and not isinstance(past_key_values.layers[layer_idx], DynamicSlidingWindowLayer):
-            raise ValueError(
-                "Padding behind tokens that exist moves tokens in the window, which a static cache cannot: use a "
-                "dynamic cache, or pad on the left."
-            )
-        seen = attention_mask[:, :past_length].sum(dim=1, keepdim=True)
-        in_cache = torch.arange(num_keys - length, 0, -1, device=attention_mask.device) <= seen
-        exists = torch.cat([in_cache, attention_mask[:, -length:]], dim=1)
-        masks["slot_order"] = _pads_first(exists)
-        attention_mask = nn.functional.pad(exists.gather(1, masks["slot_order"]), (offset, 0))
-    document_ids = documents.ids if documents is not None else None
-    if document_ids is not None and masks["slot_order"] is not None:
-        document_ids = document_ids.gather(1, masks["slot_order"])
-
-    is_plain = config._attn_implementation in ("sdpa", "eager")
-    if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
-        masks["sliding_attention"] = _block_mask(
-            config, inputs_embeds, attention_mask, num_keys - length, offset, document_ids
-        )
-    else:
-        masks["sliding_attention"] = create_sliding_window_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=_same_document(document_ids) if document_ids is not None else None,
-        )
-    return masks
 
 
 def _same_document(document_ids: torch.Tensor) -> Callable:
@@ -672,7 +687,7 @@ class BasedModel(BasedPreTrainedModel):
             adopt_cache(past_key_values, self.config)
 
         if masks is None:
-            masks = _masks(
+            masks = _make_masks(
                 self.config,
                 inputs_embeds,
                 attention_mask,
@@ -699,7 +714,7 @@ class BasedModel(BasedPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 documents=documents,
-                slot_order=masks.get("slot_order"),
+                key_order=masks.get("key_order"),
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -803,19 +818,27 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """Called by `generate` outside of the compiled forward; see `_masks`."""
-        return _masks(config, inputs_embeds, attention_mask, past_key_values)
+        """Called by `generate` outside of the compiled forward; see `_make_masks`."""
+        return _make_masks(config, inputs_embeds, attention_mask, past_key_values)
 
 
-class BasedForSequenceClassification(GenericForSequenceClassification, BasedPreTrainedModel):
+class _BuiltThroughAutoModel:
+    """The generic heads ask AutoModel for their model; as remote code, nobody has told it which that is."""
+
+    def __init__(self, config: BasedConfig):
+        AutoModel.register(type(config), BasedModel, exist_ok=True)
+        super().__init__(config)
+
+
+class BasedForSequenceClassification(_BuiltThroughAutoModel, GenericForSequenceClassification, BasedPreTrainedModel):
     pass
 
 
-class BasedForTokenClassification(GenericForTokenClassification, BasedPreTrainedModel):
+class BasedForTokenClassification(_BuiltThroughAutoModel, GenericForTokenClassification, BasedPreTrainedModel):
     pass
 
 
-class BasedForQuestionAnswering(GenericForQuestionAnswering, BasedPreTrainedModel):
+class BasedForQuestionAnswering(_BuiltThroughAutoModel, GenericForQuestionAnswering, BasedPreTrainedModel):
     pass
 
 

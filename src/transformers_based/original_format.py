@@ -265,11 +265,11 @@ def state_dict_from_original(
     """
     table, converted = name_table(config), {}
     if config.tie_word_embeddings:
-        head = weights.get("lm_head.weight")
-        embedding = weights.get("transformer.embeddings.word_embeddings.weight")
-        if head is None and embedding is not None:
-            table.pop("lm_head.weight")
-        elif head is not None and embedding is not None and not torch.equal(head, embedding):
+        # One weight: the model ties its head itself.
+        table.pop("lm_head.weight")
+        weights, embedding = dict(weights), "transformer.embeddings.word_embeddings.weight"
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and embedding in weights and not torch.equal(head, weights[embedding]):
             raise ValueError(
                 f"{source}: `lm_head.weight` differs from the embedding although they are tied. If that is meant, set "
                 "`tie_word_embeddings` to false in its config.json."
