@@ -24,8 +24,8 @@ __version__ = "0.1.0"
 
 
 class _GPT2OrBasedConfig(GPT2Config):
-    # What AutoConfig finds under "gpt2": the original Based checkpoints carry that model type, and AutoModel would build
-    # a random GPT-2 of them without a word. Everything else becomes a plain GPT2Config. The docstring is kept because
+    # What AutoConfig finds under "gpt2": original Based checkpoints carry that model type, and AutoModel would build a
+    # random GPT-2 of them without a word. Everything else becomes a plain GPT2Config. The docstring is kept because
     # transformers reads it to document its GPT-2 models.
     __doc__ = GPT2Config.__doc__
 

@@ -154,13 +154,13 @@ class CountingTaylorCacheLayer(TaylorCacheLayer, CacheLayerMixin):
         self.cumulative_length = 0
 
 
-def adopt_cache(cache: Cache, config) -> Cache:
+def adopt_cache(cache: Cache, config, batch_size: int | None = None) -> Cache:
     """
-    Makes `cache` fit a Based model, in place, and returns it. Costs nothing from the second call on.
+    Makes `cache` fit a Based model, in place, and returns it. From the second call on it only checks.
 
     Raises:
         TypeError: not a transformers `Cache`, or one that cannot hold a recurrent state.
-        ValueError: a cache built, or already used, for another model.
+        ValueError: a cache built, or already used, for another model or batch size; or one that offloads.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"`past_key_values` must be a transformers Cache for a decoder; got {type(cache).__name__}.")
@@ -168,6 +168,11 @@ def adopt_cache(cache: Cache, config) -> Cache:
         # `DynamicCache()` without a config: it would make every layer an attention layer.
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
+    if cache.offloading:
+        raise ValueError(
+            "An offloading cache has no use here: the state has a fixed size and is needed at every step. Use a cache "
+            "without `offloading`."
+        )
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
             f"This cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it belongs to another "
@@ -182,6 +187,12 @@ def adopt_cache(cache: Cache, config) -> Cache:
                 "another model. Pass the model's config to the cache."
             )
         if not is_recurrent or isinstance(layer, TaylorCacheLayer):
+            held = layer.state if is_recurrent else layer.keys if layer.is_initialized else None
+            if batch_size is not None and held is not None and held.numel() and held.shape[0] != batch_size:
+                raise ValueError(
+                    f"This cache holds a batch of {held.shape[0]}, the input has a batch size of {batch_size}. Use a "
+                    "new cache, or `batch_repeat_interleave` or `batch_select_indices` of this one."
+                )
             continue
         if layer.is_conv_states_initialized[0] or layer.is_recurrent_states_initialized[0]:
             raise ValueError(f"Layer {i} of this cache already holds another model's state. Use a new cache.")

@@ -60,6 +60,10 @@ class PackedDocuments(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class BasedRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -67,8 +71,8 @@ class BasedRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Of any dtype, in fp32; the result has the weight's dtype, since the residual stream may be fp32."""
-        hidden_states = hidden_states.float()
+        """Of any dtype, in fp32 or better; the result has the weight's dtype, since the residual stream may be fp32."""
+        hidden_states = hidden_states.to(_at_least_fp32(hidden_states.dtype))
         hidden_states = hidden_states * torch.rsqrt(
             hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon
         )
@@ -145,7 +149,7 @@ def short_convolution(
         document_ids = torch.cat([document_ids.new_full((batch, width - 1), -1), document_ids], dim=1)
         document_ids = document_ids if order is None else document_ids.gather(1, order)
 
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    dtype = _at_least_fp32(inputs.dtype)
     inputs, weight = inputs.to(dtype), weight.to(dtype)
     output = inputs[:, width - 1 :] * weight[:, -1]
     for tap in range(width - 1):
@@ -293,7 +297,10 @@ class BasedAttention(nn.Module):
         rotated_query, rotated_key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
         if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(length, self.layer_idx)
             key, value = past_key_values.update(key, value, self.layer_idx)
+            # transformers 5.17 returns more than the mask covers after `reset` and while recording for `crop`.
+            key, value = key[:, :, -num_keys:], value[:, :, -num_keys:]
         past_length = key.shape[2] - length
         if key_order is not None:
             key, value = (_reorder(x, key_order, dim=2) for x in (key, value))
@@ -361,9 +368,9 @@ def _make_masks(
     """
     What each layer type needs to know of padding, made once a forward from the `[B, past + T]` attention mask.
 
-    Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, or the
-    mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together, behind the
-    padding; `None` if they are.
+    Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, or
+    the mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together,
+    behind the padding; `None` if they are.
     """
     attention_mask = _checked(attention_mask, inputs_embeds, past_key_values)
     length = inputs_embeds.shape[1]
@@ -381,7 +388,8 @@ def _make_masks(
         past_length = num_keys - length
     document_ids = documents.ids if documents is not None else None
     if _has_padding_behind_tokens(attention_mask):
-        if past_key_values is not None and not isinstance(past_key_values.layers[layer_idx], DynamicSlidingWindowLayer):
+        layer = past_key_values.layers[layer_idx] if past_key_values is not None else None
+        if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
             raise ValueError(
                 "Padding behind tokens that exist moves tokens in the window, which a static cache cannot: use a "
                 "dynamic cache, or pad on the left."
@@ -684,7 +692,7 @@ class BasedModel(BasedPreTrainedModel):
         if use_cache and past_key_values is None and documents is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config, batch_size=inputs_embeds.shape[0])
 
         if masks is None:
             masks = _make_masks(
@@ -703,10 +711,13 @@ class BasedModel(BasedPreTrainedModel):
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
             # fp32 whatever the model's dtype: positions in the thousands have no exact angle in bf16.
-            position_embeddings = self.rotary_emb(inputs_embeds.float(), position_ids)
+            like = inputs_embeds.new_empty(0, dtype=_at_least_fp32(inputs_embeds.dtype))
+            position_embeddings = self.rotary_emb(like, position_ids)
             kwargs.update(_flash_arguments(self.config, documents, inputs_embeds.shape[0]))
 
-        hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        hidden_states = inputs_embeds
+        if self.config.residual_in_fp32:
+            hidden_states = hidden_states.to(_at_least_fp32(hidden_states.dtype))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
