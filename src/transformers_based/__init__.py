@@ -5,7 +5,7 @@ import transformers
 from transformers import AutoConfig, GPT2Config
 
 from . import modeling_based
-from .cache_based import TaylorCacheLayer
+from .cache_based import CacheSnapshot, TaylorCacheLayer
 from .configuration_based import BasedConfig, based_1b
 from .modeling_based import (
     AUTO_CLASSES,
@@ -58,6 +58,7 @@ __all__ = [
     "BasedForTokenClassification",
     "BasedModel",
     "BasedPreTrainedModel",
+    "CacheSnapshot",
     "TaylorCacheLayer",
     "based_1b",
     "taylor_attention",

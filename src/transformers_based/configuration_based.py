@@ -167,7 +167,7 @@ class BasedConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
-        if self.head_dim % 2:
+        if "sliding_attention" in self.layer_types and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for the rotary embedding; got {self.head_dim}.")
 
     @classmethod

@@ -114,54 +114,71 @@ def _index(order: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
     return order.view(shape).expand_as(x)
 
 
-def short_convolution(
-    inputs: torch.Tensor,
-    weight: torch.Tensor,
-    state: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+class BasedCausalConv1d(nn.Conv1d):
     """
-    Causal depthwise convolution, a sum over its K taps, accumulated in fp32.
-
-    Args:
-        inputs: `[B, T, C]`. weight: `[C, K]`, the last tap on the token itself.
-        state: `[B, K - 1, C]`, the last inputs before these; zeros at the start.
-        mask: `[B, T]`, bool. A token with False does not exist: its neighbours touch.
-        document_ids: `[B, T]`; a tap never reaches into another document.
-
-    Returns:
-        The output `[B, T, C]` in fp32 (fp64 for fp64), anything where the mask is False, and the next state.
+    Causal depthwise convolution on `[B, T, C]`, a sum over its K taps accumulated in fp32; no bias. `weight` is
+    `[C, 1, K]`, the last tap on the token itself.
     """
-    batch, length, channels = inputs.shape
-    width = weight.shape[1]
-    if state is None:
-        state = inputs.new_zeros(batch, width - 1, channels)
-    inputs = torch.cat([state, inputs], dim=1)
-    order = None
-    if mask is not None:
-        # Tokens that do not exist move to the front, so that what exists is contiguous, the state included.
-        exists = torch.cat([mask.new_ones(batch, width - 1), mask], dim=1)
-        order = _pads_first(exists)
-        inputs = _reorder(inputs.masked_fill(~exists[..., None], 0), order, dim=1)
-    next_state = inputs[:, length:]
-    if document_ids is not None:
-        document_ids = torch.cat([document_ids.new_full((batch, width - 1), -1), document_ids], dim=1)
-        document_ids = document_ids if order is None else document_ids.gather(1, order)
 
-    dtype = _at_least_fp32(inputs.dtype)
-    inputs, weight = inputs.to(dtype), weight.to(dtype)
-    output = inputs[:, width - 1 :] * weight[:, -1]
-    for tap in range(width - 1):
-        shifted = inputs[:, tap : tap + length]
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        state: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            inputs: `[B, T, C]`.
+            state: `[B, K - 1, C]`, the last inputs before these; zeros at the start.
+            mask: `[B, T]`, bool. A token with False does not exist: its neighbours touch.
+            document_ids: `[B, T]`; a tap never reaches into another document.
+
+        Returns:
+            The output `[B, T, C]` in fp32 (fp64 for fp64), anything where the mask is False, and the next state.
+        """
+        length, past = inputs.shape[1], self.kernel_size[0] - 1
+        inputs, order = _behind_state(past, state, inputs, mask)
+        next_state = inputs[:, length:]
         if document_ids is not None:
-            same = document_ids[:, tap : tap + length] == document_ids[:, width - 1 :]
-            shifted = shifted.masked_fill(~same[..., None], 0)
-        output = torch.addcmul(output, shifted, weight[:, tap])
-    if order is not None:
-        output = nn.functional.pad(output, (0, 0, width - 1, 0))
-        output = _restore(output, order, dim=1)[:, width - 1 :]
-    return output, next_state
+            document_ids = nn.functional.pad(document_ids, (past, 0), value=-1)
+            document_ids = document_ids if order is None else document_ids.gather(1, order)
+
+        dtype = _at_least_fp32(inputs.dtype)
+        inputs, weight = inputs.to(dtype), self.weight.squeeze(1).to(dtype)
+        output = inputs[:, past:] * weight[:, -1]
+        for tap in range(past):
+            shifted = inputs[:, tap : tap + length]
+            if document_ids is not None:
+                is_same = document_ids[:, tap : tap + length] == document_ids[:, past:]
+                shifted = shifted.masked_fill(~is_same[..., None], 0)
+            output = torch.addcmul(output, shifted, weight[:, tap])
+        if order is not None:
+            output = _restore(nn.functional.pad(output, (0, 0, past, 0)), order, dim=1)[:, past:]
+        return output, next_state
+
+
+def _behind_state(past, state, inputs, mask):
+    """
+    `[B, past + T, C]`, the inputs behind the state. Tokens that do not exist move to the front, so that what exists is
+    contiguous, the state included; then also the order `[B, past + T]` that did it.
+    """
+    if state is None:
+        state = inputs.new_zeros(inputs.shape[0], past, inputs.shape[2])
+    inputs = torch.cat([state, inputs], dim=1)
+    if mask is None:
+        return inputs, None
+    exists = nn.functional.pad(mask, (past, 0), value=True)
+    order = _pads_first(exists)
+    return _reorder(inputs.masked_fill(~exists[..., None], 0), order, dim=1), order
+
+
+def _conv_state(past, state, inputs, mask):
+    """The state after these inputs, for the cache to redo recorded tokens."""
+    return _behind_state(past, state, inputs, mask)[0][:, inputs.shape[1] :]
 
 
 class BasedShortConv(nn.Module):
@@ -172,7 +189,7 @@ class BasedShortConv(nn.Module):
         self.layer_idx = layer_idx
         channels = config.conv_intermediate_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.conv_bias)
-        self.conv = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels, bias=False)
+        self.conv = BasedCausalConv1d(channels, config.conv_kernel_size)
         self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.conv_bias)
 
     def forward(
@@ -184,24 +201,20 @@ class BasedShortConv(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         inputs, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        layer: TaylorCacheLayer | None = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        output, state = short_convolution(
+        layer: TaylorCacheLayer | None = None
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.layer_idx]
+        output, state = self.conv(
             inputs,
-            self.conv.weight.squeeze(1),
             state=layer.state if layer is not None else None,
             mask=attention_mask,
             document_ids=documents.ids if documents is not None else None,
         )
         if layer is not None:
-            layer.record(partial(_conv_state, self.conv.weight.squeeze(1)), inputs, attention_mask)
+            layer.record(partial(_conv_state, state.shape[1]), inputs, attention_mask)
             layer.update_recurrent_state(state)
             layer.count(inputs.shape[1])
         return self.out_proj((nn.functional.silu(output) * gate).to(gate.dtype))
-
-
-def _conv_state(weight, state, inputs, mask):
-    """For the cache to redo recorded tokens."""
-    return short_convolution(inputs, weight, state, mask)[1]
 
 
 class BasedLinearAttention(nn.Module):
