@@ -345,6 +345,9 @@ class BasedAttention(nn.Module):
         if key_order is not None:
             output = nn.functional.pad(output, (0, 0, 0, 0, past_length, 0))
             output = _restore(output, key_order, dim=1)[:, past_length:]
+            if weights is not None:
+                weights = _restore(nn.functional.pad(weights, (0, 0, past_length, 0)), key_order, dim=2)
+                weights = _restore(weights[:, :, past_length:], key_order, dim=3)
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,8 @@ def config_from_original(config: Mapping[str, Any], shapes: Mapping[str, torch.S
     Raises:
         ValueError: the config asks for something that no released checkpoint has; the message names the field.
     """
+    if missing := [name for name in ("n_embd", "n_layer", "n_head", "vocab_size") if name not in config]:
+        raise ValueError(f"Original config: lacks {_some(missing)}.")
     for name, expected in _TAKEN_FOR_GRANTED.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"Original config: `{name}` is {config[name]!r}, only {expected!r} is supported.")
@@ -340,7 +343,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no plain file of tensors (it may hold code), so it is not read: {error}"
