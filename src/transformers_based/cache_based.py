@@ -23,8 +23,8 @@ from transformers.cache_utils import (
 
 class TaylorCacheLayer(LinearAttentionLayer):
     """
-    Holds `state` (batch first) for one layer. The mixer reads `state`, computes the next one and hands it to
-    `update_recurrent_state`; a one-token step may instead change `state` in place and call `mark_updated`.
+    Holds `state` (batch first) for one layer. The mixer reads it, computes the next one and hands that to
+    `update_recurrent_state`, or changes it in place.
     """
 
     # A property in the base class, where a recurrent state cannot be rolled back; ours can.
@@ -42,14 +42,21 @@ class TaylorCacheLayer(LinearAttentionLayer):
         """The state, or `None` before the first token."""
         return self.recurrent_states[0] if self.has_previous_state[0] else None
 
+    def read(self, *shape: int) -> torch.Tensor | None:
+        """The state, or `None` before the first token. Raises `ValueError` if the mixer needs one of another shape."""
+        if self.state is not None and tuple(self.state.shape) != shape:
+            raise ValueError(
+                f"This cache holds a state of shape {tuple(self.state.shape)}, {shape} is needed: it belongs to "
+                "another model or batch size. Use a new cache."
+            )
+        return self.state
+
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Stores the state after this forward's tokens, at the same address as the one before."""
         stored = self.recurrent_states[0]
         if stored is not None and stored.shape != recurrent_states.shape:
-            raise ValueError(
-                f"This cache holds states of shape {tuple(stored.shape)}, the new ones are "
-                f"{tuple(recurrent_states.shape)}: it belongs to another model or batch size. Use a new cache."
-            )
+            # A cache that was reset may start again with another batch size; `read` keeps a mismatch from coming here.
+            self.is_recurrent_states_initialized[0] = False
         if recurrent_states.requires_grad:
             # Copying in place would break the graph of the step that made the old state.
             self.recurrent_states[0] = recurrent_states

@@ -125,9 +125,12 @@ class BasedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_positive("hidden_size", "num_attention_heads", "linear_num_heads", "linear_feature_dim")
         if self.layer_types is None:
             linear = tuple(range(1, self.num_hidden_layers - 1, 5))
             self.layer_types = _hybrid(self.num_hidden_layers, linear)
+        # Before transformers renames old layer types of other models to ours.
+        self.validate_layer_type()
         if self.unpadded_vocab_size is None:
             self.unpadded_vocab_size = self.vocab_size
         if self.num_key_value_heads is None:
@@ -154,14 +157,18 @@ class BasedConfig(PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim sliding_window linear_num_heads linear_feature_dim linear_head_dim linear_scale "
-            "conv_kernel_size conv_intermediate_size"
+        self._check_positive(
+            "vocab_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "linear_head_dim",
+            "linear_scale",
+            "conv_kernel_size",
+            "conv_intermediate_size",
         )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -169,6 +176,11 @@ class BasedConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for the rotary embedding; got {self.head_dim}.")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

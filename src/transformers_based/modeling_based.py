@@ -47,7 +47,7 @@ from .original_format import (
     state_dict_from_original,
     strip_names,
 )
-from .taylor_attention import taylor_attention, taylor_attention_step, taylor_state
+from .taylor_attention import state_shape, taylor_attention, taylor_attention_step, taylor_state
 
 
 logger = logging.get_logger(__name__)
@@ -88,6 +88,7 @@ class BasedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_residual = True
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -191,6 +192,7 @@ class BasedShortConv(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.conv_bias)
         self.conv = BasedCausalConv1d(channels, config.conv_kernel_size)
         self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.conv_bias)
+        self.out_proj.writes_residual = True
 
     def forward(
         self,
@@ -206,7 +208,7 @@ class BasedShortConv(nn.Module):
             layer = past_key_values.layers[self.layer_idx]
         output, state = self.conv(
             inputs,
-            state=layer.state if layer is not None else None,
+            state=layer.read(inputs.shape[0], self.conv.kernel_size[0] - 1, inputs.shape[2]) if layer else None,
             mask=attention_mask,
             document_ids=documents.ids if documents is not None else None,
         )
@@ -233,6 +235,7 @@ class BasedLinearAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, value_size, bias=False)
         self.o_proj = nn.Linear(value_size, config.hidden_size, bias=False)
+        self.o_proj.writes_residual = True
 
     def forward(
         self,
@@ -261,12 +264,13 @@ class BasedLinearAttention(nn.Module):
             output, _ = taylor_attention(query, key, value, **options)
         else:
             layer: TaylorCacheLayer = past_key_values.layers[self.layer_idx]
+            state = layer.read(*state_shape(batch, query.shape[2], self.feature_dim, self.head_dim))
             layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
-            if length == 1 and layer.state is not None and not torch.is_grad_enabled():
-                output = taylor_attention_step(query, key, value, layer.state, **options)
+            if length == 1 and state is not None and not torch.is_grad_enabled():
+                output = taylor_attention_step(query, key, value, state, **options)
             else:
                 output, state = taylor_attention(
-                    query, key, value, initial_state=layer.state, output_final_state=True, **options
+                    query, key, value, initial_state=state, output_final_state=True, **options
                 )
                 layer.update_recurrent_state(state)
             layer.count(length)
@@ -290,6 +294,7 @@ class BasedAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj.writes_residual = True
 
     def forward(
         self,
@@ -508,8 +513,8 @@ def _packed_documents(
     cu_seq_lens: torch.Tensor | None,
 ) -> PackedDocuments | None:
     """
-    The documents that share rows, from `cu_seq_lens`, else `seq_idx`, else positions that restart between two tokens
-    that exist; `None` if each row is one document.
+    The documents that share rows, from `cu_seq_lens`, else `seq_idx`, else positions that do not go on from the last
+    token that exists; `None` if each row is one document.
     """
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
     if cu_seq_lens is not None:
@@ -525,10 +530,15 @@ def _packed_documents(
             raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
         starts = seq_idx[:, 1:] != seq_idx[:, :-1]
     elif position_ids is not None and length > 1:
-        starts = position_ids[:, 1:] - position_ids[:, :-1] != 1
+        before = position_ids[:, :-1]
         if attention_mask is not None:
+            # The last token that exists before each; where there is none, no document has begun.
             exists = attention_mask[:, -length:].bool()
-            starts = starts & exists[:, 1:] & exists[:, :-1]
+            last = torch.where(exists, torch.arange(length, device=device), -1).cummax(dim=1).values[:, :-1]
+            before = position_ids.expand(batch, -1).gather(1, last.clamp_min(0))
+        starts = position_ids[:, 1:] - before != 1
+        if attention_mask is not None:
+            starts = starts & exists[:, 1:] & (last >= 0)
     else:
         return None
     if not starts.any():
@@ -587,15 +597,9 @@ class BasedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As the original `special_initializer`: what writes into the residual stream starts smaller with depth."""
         super()._init_weights(module)
-        into_residual = {
-            BasedShortConv: "out_proj",
-            BasedLinearAttention: "o_proj",
-            BasedAttention: "o_proj",
-            BasedMLP: "down_proj",
-        }
-        if type(module) in into_residual:
+        if getattr(module, "writes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(getattr(module, into_residual[type(module)]).weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
