@@ -50,7 +50,8 @@ from .original_format import (
 from .taylor_attention import state_shape, taylor_attention, taylor_attention_step, taylor_state
 
 
-logger = logging.get_logger(__name__)
+# Below "transformers", so that its verbosity settings apply.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class PackedDocuments(NamedTuple):
@@ -619,12 +620,12 @@ class BasedPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
         source = str(pretrained_model_name_or_path)
-        weights, dropped = {}, []
-        for path in find_weight_files(source, **hub_kwargs):
+        weights, dropped, files = {}, [], find_weight_files(source, **hub_kwargs)
+        for path in files:
             part, junk = strip_names(read_weights(path))
             weights.update(part)
             dropped += junk
-            source = path
+        source = files[0] if len(files) == 1 else source
         if dropped:
             logger.warning(f"{source}: dropped {', '.join(sorted(dropped))}: no weights of the model.")
         shapes = {name: tensor.shape for name, tensor in weights.items()}

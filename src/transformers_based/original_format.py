@@ -94,6 +94,8 @@ def config_from_original(config: Mapping[str, Any], shapes: Mapping[str, torch.S
         if config.get(name, expected) != expected:
             raise ValueError(f"Original config: `{name}` is {config[name]!r}, only {expected!r} is supported.")
     for name, expected in _MIXER_CLASSES.items():
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ValueError(f"Original config: `{name}` must hold the options of a mixer, not {config[name]!r}.")
         target = (config.get(name) or {}).get("_target_", expected)
         if target.rsplit(".", 1)[-1] != expected:
             raise ValueError(f"Original config: `{name}` is a {target}, only {expected} is supported.")
@@ -173,6 +175,11 @@ def config_to_original(config) -> dict[str, Any]:
     for name, expected in not_original.items():
         if getattr(config, name) != expected:
             raise ValueError(f"The original code has no `{name}` of {getattr(config, name)}, only {expected}.")
+    if config.intermediate_size % 256:
+        raise ValueError(
+            f"The original code rounds the MLP width up to a multiple of 256; `intermediate_size` is "
+            f"{config.intermediate_size}."
+        )
     mixers = "based.models.mixers"
     return {
         "_target_": "based.models.gpt.GPT2MixerConfig",

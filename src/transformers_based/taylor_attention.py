@@ -26,7 +26,8 @@ except ImportError:
     based_kernels = None
 
 
-logger = logging.get_logger(__name__)
+# Below "transformers", so that its verbosity settings apply.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Tokens handled at once by the chunked form: weights pair by pair within a chunk, through the state between chunks. 128
 # balances the two for the released models (examples/benchmark_cpu.py).
