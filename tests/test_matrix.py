@@ -412,6 +412,11 @@ REFUSED = {
         "more dimensions",
     ),
     "negative mask": (lambda model, ids: model(ids, attention_mask=-torch.ones_like(ids)), "nothing else"),
+    "negative positions": (lambda model, ids: model(ids, position_ids=torch.arange(-3, 38)[None]), "not be negative"),
+    "positions of another length": (
+        lambda model, ids: model(ids, position_ids=torch.arange(40)[None]),
+        "`position_ids` must be",
+    ),
     "cache of another model": (
         lambda model, ids: model(ids, past_key_values=DynamicCache(config=BasedConfig(num_hidden_layers=3))),
         "another model",

@@ -460,6 +460,18 @@ def _checked(
     return attention_mask.bool()
 
 
+def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
+    if position_ids is None:
+        return
+    batch, length = inputs_embeds.shape[:2]
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"`position_ids` must be [batch, tokens] = {(batch, length)}; got {tuple(position_ids.shape)}."
+        )
+    if length > 1 and not torch.compiler.is_compiling() and (position_ids < 0).any():
+        raise ValueError(f"`position_ids` must not be negative; got {int(position_ids.min())}.")
+
+
 def _has_padding_behind_tokens(attention_mask: torch.Tensor | None) -> bool:
     if attention_mask is None or torch.compiler.is_compiling():
         return False
@@ -699,6 +711,7 @@ class BasedModel(BasedPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
+        _check_positions(position_ids, inputs_embeds)
         masks = attention_mask if isinstance(attention_mask, dict) else None
         documents = None
         if masks is None:
