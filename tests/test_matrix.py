@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from transformers_based import BasedConfig, BasedForCausalLM, TaylorCacheLayer, modeling_based
+from transformers_based import BasedConfig, BasedForCausalLM, CacheSnapshot, TaylorCacheLayer, modeling_based
 
 
 VOCAB, WINDOW, PAD, NEW_TOKENS = 61, 7, 0, 12
@@ -168,6 +168,19 @@ def from_a_snapshot(model, rows, fill):
     return rows, list(torch.cat([first, model(ids[:, 12:], past_key_values=kept).logits], dim=1)), kept
 
 
+def from_a_restored_snapshot(cache_of):
+    def run(model, rows, fill):
+        ids, cache = torch.stack(rows), cache_of(model.config)
+        first = model(ids[:, :12], past_key_values=cache).logits
+        snapshot = CacheSnapshot(cache)
+        for start in (3, 20):
+            model(ids[:, start : start + 9], past_key_values=cache)
+            snapshot.restore(cache)
+        return rows, list(torch.cat([first, model(ids[:, 12:], past_key_values=cache).logits], dim=1)), cache
+
+    return run
+
+
 def after_crop(model, rows, fill):
     ids, cache = torch.stack(rows), DynamicCache(config=model.config)
     logits = [model(ids[:, :12], past_key_values=cache).logits]
@@ -227,7 +240,9 @@ FORWARD = {
     "static cache, compiled fullgraph": compiled_static,
     "reset, dynamic": after_reset(lambda config: DynamicCache(config=config)),
     "reset, static": after_reset(static_cache),
-    "snapshot": from_a_snapshot,
+    "copy.deepcopy of a cache": from_a_snapshot,
+    "snapshot, dynamic": from_a_restored_snapshot(lambda config: DynamicCache(config=config)),
+    "snapshot, static": from_a_restored_snapshot(static_cache),
     "crop": after_crop,
     "reorder": after_moving_rows(reorder),
     "repeat": after_moving_rows(repeat),

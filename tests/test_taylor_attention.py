@@ -544,6 +544,10 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
         def is_available():
             return True
 
+        @staticmethod
+        def unproven(feature_dim):
+            return "nobody knows" if feature_dim == 24 else None
+
     # The function of that name hides the module.
     module = sys.modules["transformers_based.taylor_attention"]
     monkeypatch.setattr(module, "based_kernels", Kernels)
@@ -551,6 +555,8 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
     assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "triton"
     assert _choose_backend("cuda", "torch.float64", 16, 64) == "torch"
     assert _choose_backend("cuda", "torch.bfloat16", 5, 64) == "torch"
+    assert _choose_backend("cuda", "torch.bfloat16", 24, 64) == "torch"
+    assert log_lines.pop().endswith("nobody knows.")
     assert [("Triton" in line, "float64" in line, "feature_dim" in line) for line in log_lines] == [
         (True, False, False),
         (False, True, False),

@@ -330,8 +330,10 @@ def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int) ->
     if wanted not in ("auto", "torch", "triton"):
         raise ValueError(f"{BACKEND_VARIABLE} must be auto, torch or triton; got {wanted!r}.")
     obstacle = _obstacle_to_triton(device, dtype, feature_dim, head_dim)
-    if wanted == "auto" and not obstacle and device != "cuda":
-        obstacle = f"Triton's interpreter on {device} is for tests"
+    if wanted == "auto" and not obstacle:
+        # What only runs when asked for by name.
+        obstacle = f"Triton's interpreter on {device} is for tests" if device != "cuda" else None
+        obstacle = obstacle or based_kernels.unproven(feature_dim)
     if wanted == "triton" and obstacle:
         raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Set it to auto or torch.")
     choice = "torch" if wanted == "torch" or obstacle else "triton"

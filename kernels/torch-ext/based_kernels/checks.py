@@ -1,0 +1,149 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""What fits and what does not, said by name; and the facts about sizes that both ops share. No check reads the GPU."""
+
+import contextlib
+import itertools
+import os
+
+import torch
+
+
+MAX_FEATURE_DIM = 32
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def feature_count(D):
+    """-> number of packed features, and the same rounded up to a multiple of 8."""
+    features = (D + 1) * (D + 2) // 2
+    return features, -(-features // 8) * 8
+
+
+def interpreted():
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_guard(x):
+    """Triton launches on the current device; under torch.compile the graph takes care of that."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def vector_rows(x):
+    """x, or a copy of it whose rows the kernels can read 16 bytes at a time."""
+    fits = x.stride(-1) == 1
+    if not torch.compiler.is_compiling():
+        # a speed matter only: Triton looks at the address itself; torch.compile cannot trace the question
+        fits = fits and (x.storage_offset() * x.element_size()) % 16 == 0
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        # a row step of 2^24 elements would overflow the 32-bit offsets inside a chunk
+        fits = fits and (size == 1 or (stride % 8 == 0 and (stride < 2**24 or stride != x.stride(1))))
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def check_sequence_inputs(query, key, value, scale, mask, cu_seqlens, initial_state):
+    """Raises on what `taylor_attention` cannot take; -> scale."""
+    B, T, H, D, V = _check_qkv(query, key, value)
+    if T < 1:
+        raise ValueError("query: got a sequence of length 0, at least 1 token fits")
+    if mask is not None:
+        _check_mask(mask, query, (B, T))
+    documents = B
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+            got = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+            raise TypeError(f"cu_seqlens: got {got}, an int32 tensor [N + 1] fits")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, [N + 1] with N >= 1 fits")
+        if B != 1:
+            raise ValueError(f"cu_seqlens: got a batch of {B} with it, packed documents need a batch of 1")
+        _check_device("cu_seqlens", cu_seqlens, query)
+        if cu_seqlens.device.type == "cpu":
+            # on a GPU this would wait for it; the caller's promise is taken there
+            ends = cu_seqlens.tolist()
+            if ends[0] != 0 or ends[-1] != T or any(a > b for a, b in itertools.pairwise(ends)):
+                raise ValueError(f"cu_seqlens: got {ends}, numbers that rise from 0 to T = {T} fit")
+        documents = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, query, (documents, H, V + 1, feature_count(D)[1]))
+    return _check_scale(scale, D)
+
+
+def check_step_inputs(query, key, value, state, scale, mask):
+    """Raises on what `taylor_attention_step` cannot take; -> scale."""
+    B, T, H, D, V = _check_qkv(query, key, value)
+    if T != 1:
+        raise ValueError(f"query: got {T} tokens, a step takes exactly 1")
+    if mask is not None:
+        _check_mask(mask, query, (B, 1))
+    _, padded = feature_count(D)
+    _check_state("state", state, query, (B, H, V + 1, padded))
+    if state.stride(3) != 1 or state.stride(2) != padded:
+        raise ValueError(
+            f"state: got strides {state.stride()}, a contiguous last two dimensions fit: it is updated in place"
+        )
+    return _check_scale(scale, D)
+
+
+def _check_qkv(query, key, value):
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, a tensor fits")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, [batch, time, heads, dim] fits")
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query: got {query.dtype}, float32, float16 or bfloat16 fits")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: got {x.dtype}, the dtype of query fits: {query.dtype}")
+        _check_device(name, x, query)
+    if query.device.type == "cpu" and not interpreted():
+        raise ValueError("query: got a tensor on the CPU, a CUDA tensor fits (or set TRITON_INTERPRET=1 for tests)")
+    B, T, H, D = query.shape
+    if key.shape != query.shape:
+        raise ValueError(f"key: got shape {tuple(key.shape)}, the shape of query fits: {tuple(query.shape)}")
+    if value.shape[:3] != query.shape[:3]:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, [{B}, {T}, {H}, head_dim] fits")
+    V = value.shape[3]
+    if D < 8 or D % 8 or D > MAX_FEATURE_DIM:
+        raise ValueError(f"query: got feature_dim {D}, a multiple of 8 from 8 to {MAX_FEATURE_DIM} fits")
+    if V < 8 or V % 8 or V > MAX_HEAD_DIM:
+        raise ValueError(f"value: got head_dim {V}, a multiple of 8 from 8 to {MAX_HEAD_DIM} fits")
+    if B < 1 or H < 1:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, at least one row and one head fit")
+    return B, T, H, D, V
+
+
+def _check_device(name, x, query):
+    if x.device != query.device:
+        raise ValueError(f"{name}: got device {x.device}, the device of query fits: {query.device}")
+
+
+def _check_mask(mask, query, shape):
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, a tensor of bool or 0/1 fits")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, {list(shape)} fits")
+    _check_device("mask", mask, query)
+
+
+def _check_state(name, state, query, shape):
+    if not isinstance(state, torch.Tensor):
+        raise TypeError(f"{name}: got {type(state).__name__}, a float32 tensor fits")
+    if state.dtype != torch.float32:
+        raise TypeError(f"{name}: got {state.dtype}, float32 fits: a sum that never decays stops growing in less")
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(state.shape)}, {list(shape)} fits")
+    _check_device(name, state, query)
+
+
+def _check_scale(scale, D):
+    if scale is None:
+        return D**-0.5
+    if isinstance(scale, torch.Tensor) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, a Python number fits")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale: got {scale}, a number > 0 fits")
+    return float(scale)
