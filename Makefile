@@ -1,13 +1,14 @@
 # `make demo` and `make test` need nothing but Python: the first call installs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN = HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python
 
 .PHONY: demo test test-min lint bench clean
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -15,6 +16,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2
+
+# The oldest transformers that setup.cfg admits.
+test-min:
+	$(MAKE) test VENV=.venv-min CONSTRAINTS=constraints-min.txt
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -24,4 +29,4 @@ bench: $(VENV)/installed
 	$(RUN) examples/benchmark_cpu.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-min build *.egg-info src/*.egg-info

@@ -4,7 +4,6 @@
 import transformers
 from transformers import AutoConfig, GPT2Config
 
-from . import modeling_based
 from .cache_based import CacheSnapshot, TaylorCacheLayer
 from .configuration_based import BasedConfig, based_1b
 from .modeling_based import (
@@ -42,8 +41,7 @@ def _register() -> None:
     AutoConfig.register("based", BasedConfig, exist_ok=True)
     AutoConfig.register("gpt2", _GPT2OrBasedConfig, exist_ok=True)
     BasedConfig.register_for_auto_class()
-    for auto_class, name in AUTO_CLASSES.items():
-        model_class = getattr(modeling_based, name)
+    for auto_class, model_class in AUTO_CLASSES.items():
         getattr(transformers, auto_class).register(BasedConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class)
 

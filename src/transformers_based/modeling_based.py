@@ -664,7 +664,7 @@ class BasedPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = {
                 "AutoConfig": "configuration_based.BasedConfig",
-                **{auto_class: f"modeling_based.{name}" for auto_class, name in AUTO_CLASSES.items()},
+                **{auto: f"modeling_based.{model_class.__name__}" for auto, model_class in AUTO_CLASSES.items()},
             }
         super().save_pretrained(save_directory, **kwargs)
 
@@ -888,11 +888,11 @@ class BasedForQuestionAnswering(_BuiltThroughAutoModel, GenericForQuestionAnswer
 
 
 AUTO_CLASSES = {
-    "AutoModel": "BasedModel",
-    "AutoModelForCausalLM": "BasedForCausalLM",
-    "AutoModelForSequenceClassification": "BasedForSequenceClassification",
-    "AutoModelForTokenClassification": "BasedForTokenClassification",
-    "AutoModelForQuestionAnswering": "BasedForQuestionAnswering",
+    "AutoModel": BasedModel,
+    "AutoModelForCausalLM": BasedForCausalLM,
+    "AutoModelForSequenceClassification": BasedForSequenceClassification,
+    "AutoModelForTokenClassification": BasedForTokenClassification,
+    "AutoModelForQuestionAnswering": BasedForQuestionAnswering,
 }
 
-__all__ = ["BasedPreTrainedModel", *AUTO_CLASSES.values()]
+__all__ = ["BasedPreTrainedModel", *(model_class.__name__ for model_class in AUTO_CLASSES.values())]
