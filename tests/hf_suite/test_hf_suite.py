@@ -62,13 +62,13 @@ class BasedSuite(*mixins(), *distributed_mixins(), unittest.TestCase):
         for model_class in self.all_model_classes:
             model = model_class._from_config(config, attn_implementation="eager").eval()
             maps = model(**inputs, output_attentions=True).attentions
-            self.assertEqual(len(maps), config.layer_types.count("sliding_attention"))
+            assert len(maps) == config.layer_types.count("sliding_attention")
             batch, length = inputs["input_ids"].shape
-            self.assertEqual(maps[0].shape, (batch, config.num_attention_heads, length, length))
+            assert maps[0].shape == (batch, config.num_attention_heads, length, length)
 
     def test_num_layers_is_small(self):
         """Overridden: one layer for each of the three mixers."""
-        self.assertLessEqual(self.model_tester.num_hidden_layers, 3)
+        assert self.model_tester.num_hidden_layers <= 3
 
 
 @checks_skips
