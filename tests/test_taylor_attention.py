@@ -557,6 +557,8 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
     assert _choose_backend("cuda", "torch.bfloat16", 5, 64) == "torch"
     assert _choose_backend("cuda", "torch.bfloat16", 24, 64) == "torch"
     assert log_lines.pop().endswith("nobody knows.")
+    assert _choose_backend("cuda", "torch.bfloat16", 16, 64, is_compiling=True) == "torch"
+    assert "torch.compile" in log_lines.pop()
     assert [("Triton" in line, "float64" in line, "feature_dim" in line) for line in log_lines] == [
         (True, False, False),
         (False, True, False),

@@ -317,14 +317,15 @@ def _check_state(name, state, query, value, cu_seqlens):
 
 
 def _backend(query: torch.Tensor, value: torch.Tensor) -> str:
-    return _choose_backend(query.device.type, str(query.dtype), query.shape[-1], value.shape[-1])
+    is_compiling = torch.compiler.is_compiling()
+    return _choose_backend(query.device.type, str(query.dtype), query.shape[-1], value.shape[-1], is_compiling)
 
 
 _logged = set()
 
 
 @torch.compiler.assume_constant_result
-def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int) -> str:
+def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int, is_compiling: bool = False) -> str:
     """'triton' or 'torch' for tensors of this kind, the reason logged the first time."""
     wanted = os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted not in ("auto", "torch", "triton"):
@@ -334,6 +335,8 @@ def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int) ->
         # What only runs when asked for by name.
         obstacle = f"Triton's interpreter on {device} is for tests" if device != "cuda" else None
         obstacle = obstacle or based_kernels.unproven(feature_dim)
+        if not obstacle and is_compiling:
+            obstacle = "torch.compile has built one of the kernels wrongly (kernels/README.md)"
     if wanted == "triton" and obstacle:
         raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Set it to auto or torch.")
     choice = "torch" if wanted == "torch" or obstacle else "triton"
