@@ -2,16 +2,14 @@
 """lm-evaluation-harness scores Based the same at every batch size and in every order: tasks in data/lm_eval_task."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 from word_tokenizer import save_checkpoint
 
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (the extra `eval`)")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 TASKS = Path(__file__).parent / "data" / "lm_eval_task"
 NAMES = ["word_choice", "word_continuation"]
@@ -86,11 +84,9 @@ def test_the_tasks_tell_documents_apart(one_by_one):
 
 def test_command_line(checkpoint, one_by_one, tmp_path):
     """As people run it: nothing imports this package, the checkpoint brings its code."""
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "16"]
-    command += ["--model_args", f"pretrained={checkpoint},dtype=float32,trust_remote_code=True"]
-    command += ["--include_path", str(TASKS), "--tasks", ",".join(NAMES), "--output_path", str(tmp_path / "out.json")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    options = ["--model", "hf", "--device", "cpu", "--batch_size", "16"]
+    options += ["--model_args", f"pretrained={checkpoint},dtype=float32,trust_remote_code=True"]
+    options += ["--include_path", TASKS, "--tasks", ",".join(NAMES), "--output_path", tmp_path / "out.json"]
+    run_python("-m", "lm_eval", *options, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     (written,) = tmp_path.rglob("out*.json")
     assert scores(json.loads(written.read_text())) == one_by_one[0]

@@ -78,7 +78,10 @@ def test_metadata(installed):
     assert set(always) == {"torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton"}
     assert re.fullmatch(r"transformers\s*<6,>=5\.17", always["transformers"])
     assert 'sys_platform == "linux"' in always["triton"]
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "eval", "plot", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "eval", "serve", "plot", "test", "dev"}
+    (own_extras,) = (re.search(r"\[(.+)\]", line)[1] for line in requirements if line.startswith("transformers-based"))
+    # `make test` installs `dev`: without the others their tests would skip.
+    assert set(own_extras.split(",")) == {"eval", "plot", "serve", "test"}
 
 
 def test_editable_installation_finds_both_packages(tree):

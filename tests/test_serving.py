@@ -15,17 +15,18 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from programs import ROOT, environment, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.utils.import_utils import is_serve_available
 from word_tokenizer import save_checkpoint, words
 
 
-DOCUMENT = (Path(__file__).parents[1] / "examples" / "serving.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "examples" / "serving.md").read_text(encoding="utf-8")
 IN_A_PROGRAM, STREAMED, CLIENT = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 COMMAND = re.search(r"^python -c .*$", DOCUMENT, re.MULTILINE).group()
 STARTUP_SECONDS = 120
 
-needs_server = pytest.mark.skipif(not is_serve_available(), reason="needs fastapi, uvicorn, pydantic and openai")
+needs_server = pytest.mark.skipif(not is_serve_available(), reason="needs the extra `serve`")
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,7 @@ def test_streamer(checkpoint, texts):
 @pytest.mark.parametrize("program", [IN_A_PROGRAM, STREAMED])
 def test_documented_programs(checkpoint, program):
     program = program.replace("CHECKPOINT", checkpoint)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=STARTUP_SECONDS)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"w\d+ w\d+", done.stdout)
+    assert re.search(r"w\d+ w\d+", run_python("-c", program).stdout)
 
 
 @contextmanager
@@ -81,7 +80,8 @@ def serving(checkpoint: str, log: Path, *options: str):
     python, *arguments = shlex.split(COMMAND.replace("CHECKPOINT", checkpoint).replace("8000", str(port)))
     assert python == "python"
     with log.open("w") as output:
-        server = subprocess.Popen([sys.executable, *arguments, *options], stdout=output, stderr=subprocess.STDOUT)
+        command = [sys.executable, *arguments, *options]
+        server = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + STARTUP_SECONDS
         while not is_up(f"http://localhost:{port}/health"):
