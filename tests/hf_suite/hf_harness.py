@@ -4,7 +4,7 @@ Makes transformers' own test mixins importable, and runs them on a model that is
 
 The mixins are not in the installed library but in its source distribution, unpacked at $HF_SDIST. `install` presents
 its `tests` folder as the package `hf_tests`, with stand-ins for the few modules that the distribution lacks. Nothing is
-written there. The class decorator `checks_skips` lets no test skip for a reason that is not listed.
+written there. The class decorator `checks_skips` lets no test skip that is not listed.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import transformers
-from hf_listed import LISTED_SKIPS
+from hf_listed import must_skip
 from transformers.models.auto import modeling_auto
 
 
@@ -200,21 +200,33 @@ class DecoderTester:
 
 
 def checks_skips(suite: type[unittest.TestCase]) -> type[unittest.TestCase]:
-    """Class decorator: a test may skip only for a reason listed in hf_listed.py; for any other it fails."""
+    """Class decorator: a test skips, as a whole or in a subtest, if and only if hf_listed.py says so; else it fails."""
+    suite.skipTest = _skip_and_tell
     for name in unittest.defaultTestLoader.getTestCaseNames(suite):
-        setattr(suite, name, _checked(name, getattr(suite, name)))
+        setattr(suite, name, _checked(name, getattr(suite, name), must_skip(suite.__name__, name)))
     return suite
 
 
-def _checked(name: str, test):
+def _skip_and_tell(self, reason: str):
+    # `subTest` swallows the exception.
+    self.skip = unittest.SkipTest(reason)
+    raise self.skip
+
+
+def _checked(name: str, test, is_listed: bool):
     # No functools.wraps: it would copy the marks by which pytest skips before the test is called.
     def run(self):
+        self.skip = raised = None
         try:
             test(self)
-        except (unittest.SkipTest, pytest.skip.Exception) as skip:
-            if any(re.search(pattern, str(skip)) for pattern in LISTED_SKIPS):
-                raise
-            raise AssertionError(f"{name} skipped for a reason that is not listed in hf_listed.py: {skip}") from skip
+        except (unittest.SkipTest, pytest.skip.Exception) as error:
+            self.skip = raised = error
+        if self.skip is None and is_listed:
+            raise AssertionError(f"{name} is listed in hf_listed.py and does not skip: take it out there.")
+        if self.skip is not None and not is_listed:
+            raise AssertionError(f"{name} skips and is not listed in hf_listed.py: {self.skip}")
+        if raised is not None:
+            raise raised
 
     run.__name__, run.__doc__ = name, test.__doc__
     return run
