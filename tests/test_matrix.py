@@ -26,24 +26,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(dtype=torch.float32):
+def build(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    config = BasedConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        layer_types=["conv", "linear_attention", "sliding_attention", "conv"],
-        num_attention_heads=2,
-        linear_num_heads=2,
-        linear_feature_dim=8,
-        sliding_window=WINDOW,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=PAD,
-    )
-    return BasedForCausalLM(config).eval().to(DEVICE, dtype)
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "linear_attention", "sliding_attention", "conv"],
+        "num_attention_heads": 2,
+        "linear_num_heads": 2,
+        "linear_feature_dim": 8,
+        "sliding_window": WINDOW,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": PAD,
+    }
+    return BasedForCausalLM(BasedConfig(**{**values, **changes})).eval().to(DEVICE, dtype)
 
 
 def rows_of(count, length=41):
@@ -251,34 +251,47 @@ FORWARD = {
 HAS_PADDING = [name for name in FORWARD if "padding" in name or "packed" in name]
 
 
-# Ways that end in tokens: (model, rows) -> GenerateOutput; `rows` may have different lengths.
+# Ways that end in tokens: (model, rows) -> (the rows before them, the tokens, GenerateOutput).
+
+
+def generated(model, ids, mask, **options):
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{"do_sample": False, **options},
+    )
+    copies = len(output.sequences) // len(ids)
+    return [row for row in real(ids, mask) for _ in range(copies)], output.sequences[:, ids.shape[1] :], output
 
 
 def generating(pad=False, **options):
     def run(model, rows):
         rows = shortened(rows) if pad else rows
-        ids, mask = padded(rows, "left", len(rows[0]) + 4 * pad)
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=NEW_TOKENS,
-            return_dict_in_generate=True,
-            output_logits=True,
-            output_scores=True,
-            **{"do_sample": False, **options},
-        )
-        copies = len(output.sequences) // len(rows)
-        return [row for row in rows for _ in range(copies)], output.sequences[:, ids.shape[1] :], output
+        return generated(model, *padded(rows, "left", len(rows[0]) + 4 * pad), **options)
 
     return run
 
 
-def continuing(model, rows):
-    """A second turn on the cache that the first one returned."""
-    ids = torch.stack(rows)
-    first = model.generate(ids[:, :20], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    ids = torch.cat([first.sequences, ids[:, 20:]], dim=1)
-    return generating(past_key_values=first.past_key_values)(model, list(ids))
+def continuing(pad=False, num_beams=1):
+    def run(model, rows):
+        """A second turn on the cache that the first one returned. Its padding stands between the turns."""
+        rows = shortened(rows) if pad else rows
+        (ids, mask), (more, more_mask) = (
+            padded(parts, "left", len(parts[0]) + 4 * pad) for parts in zip(*(row.tensor_split(2) for row in rows))
+        )
+        first = model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+        )
+        first.past_key_values.batch_repeat_interleave(num_beams)
+        ids = torch.cat([first.sequences, more], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 5), more_mask], dim=1)
+        return generated(model, ids, mask, past_key_values=first.past_key_values, num_beams=num_beams)
+
+    return run
 
 
 GENERATE = {
@@ -286,9 +299,12 @@ GENERATE = {
     "left padding, greedy": generating(pad=True),
     "chunked prefill": generating(prefill_chunk_size=9),
     "chunked prefill by 1, left padding": generating(pad=True, prefill_chunk_size=1),
+    "chunked prefill, static cache": generating(pad=True, prefill_chunk_size=9, cache_implementation="static"),
     "num_return_sequences": generating(do_sample=True, num_return_sequences=2),
     "static cache, left padding": generating(pad=True, cache_implementation="static"),
-    "continue from a returned cache": continuing,
+    "continue from a returned cache": continuing(),
+    "continue from a returned cache, padding": continuing(pad=True),
+    "continue from a returned cache, beams": continuing(num_beams=3),
     "beams": generating(num_beams=3),
     "beams, left padding": generating(pad=True, num_beams=3),
     "beams, static cache": generating(num_beams=3, cache_implementation="static"),
@@ -343,7 +359,9 @@ def assert_logits(got, rows, model, oracle):
 
 def assert_states(cache, rows, model):
     for i, row in enumerate(rows):
-        expected = model(row[None], use_cache=True).past_key_values
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+            expected = model(row[None], use_cache=True).past_key_values
         for layer, reference in zip(cache.layers, expected.layers):
             if isinstance(layer, TaylorCacheLayer):
                 got, wanted = layer.state[i], reference.state[0]
@@ -396,6 +414,8 @@ def test_generate(way, dtype, batch, backend, oracle):
         prefix = [alone(model, [row])[0][:-1] for row in rows]
         got = [torch.cat([head, tail.to(head.dtype)]) for head, tail in zip(prefix, logits)]
         assert_logits(got, [row[:-1] for row in whole], model, oracle)
+        if dtype == "fp32":
+            assert_states(output.past_key_values, [row[:-1] for row in whole], model)
     if dtype == "fp32" and "num_return" not in way:
         beams = 3 if "beams" in way else 1
         for row, got in zip(rows, tokens):
@@ -405,9 +425,18 @@ def test_generate(way, dtype, batch, backend, oracle):
             assert torch.equal(got, expected[0, len(row) :])
 
 
+# Ways that cannot work: (model, ids, cache that has seen ids[:, :9]), and what the error says.
+
+
+def used_by_another(ids, **changes):
+    cache = DynamicCache(config=build(**changes).config)
+    build(**changes)(ids, past_key_values=cache)
+    return cache
+
+
 REFUSED = {
     "padding behind tokens, static cache": (
-        lambda model, ids: model(
+        lambda model, ids, cache: model(
             ids,
             attention_mask=padded([ids[0, :-2]], "right", ids.shape[1])[1],
             past_key_values=static_cache(model.config),
@@ -415,63 +444,117 @@ REFUSED = {
         "pad on the left",
     ),
     "packed documents on a cache": (
-        lambda model, ids: model(
-            ids,
-            seq_idx=(torch.arange(ids.shape[1], device=DEVICE) > 9)[None],
-            past_key_values=static_cache(model.config),
+        lambda model, ids, cache: model(
+            ids, seq_idx=(torch.arange(ids.shape[1], device=DEVICE) > 9)[None], past_key_values=cache
         ),
         "Packed documents",
     ),
     "packed bounds that do not cover the tokens": (
-        lambda model, ids: model(ids, cu_seq_lens_q=torch.tensor([0, 7, 30], device=DEVICE).int()),
+        lambda model, ids, cache: model(ids, cu_seq_lens_q=torch.tensor([0, 7, 30], device=DEVICE).int()),
         "cu_seq_lens_q",
     ),
     "mask of the new tokens only": (
-        lambda model, ids: model(
-            ids[:, 9:],
-            attention_mask=torch.ones_like(ids[:, 9:]),
-            past_key_values=model(ids[:, :9], use_cache=True).past_key_values,
-        ),
+        lambda model, ids, cache: model(ids[:, 9:], attention_mask=torch.ones_like(ids[:, 9:]), past_key_values=cache),
         "past \\+ new tokens",
     ),
     "mask with four dimensions": (
-        lambda model, ids: model(ids, attention_mask=torch.ones(1, 1, 41, 41, device=DEVICE)),
+        lambda model, ids, cache: model(ids, attention_mask=torch.ones(1, 1, 41, 41, device=DEVICE)),
         "more dimensions",
     ),
-    "negative mask": (lambda model, ids: model(ids, attention_mask=-torch.ones_like(ids)), "nothing else"),
-    "negative positions": (lambda model, ids: model(ids, position_ids=torch.arange(-3, 38)[None]), "not be negative"),
+    "negative mask": (lambda model, ids, cache: model(ids, attention_mask=-torch.ones_like(ids)), "nothing else"),
+    "negative mask of one token": (
+        lambda model, ids, cache: model(
+            ids[:, 9:10], attention_mask=torch.tensor([[1] * 9 + [-1]], device=DEVICE), past_key_values=cache
+        ),
+        "nothing else",
+    ),
+    "negative positions": (
+        lambda model, ids, cache: model(ids, position_ids=torch.arange(-3, 38)[None]),
+        "not be negative",
+    ),
+    "negative position of one token": (
+        lambda model, ids, cache: model(ids[:, 9:10], position_ids=torch.tensor([[-1]]), past_key_values=cache),
+        "not be negative",
+    ),
     "positions of another length": (
-        lambda model, ids: model(ids, position_ids=torch.arange(40)[None]),
+        lambda model, ids, cache: model(ids, position_ids=torch.arange(40)[None]),
         "`position_ids` must be",
     ),
-    "cache of another model": (
-        lambda model, ids: model(ids, past_key_values=DynamicCache(config=BasedConfig(num_hidden_layers=3))),
+    "cache of a model with other layers": (
+        lambda model, ids, cache: model(ids, past_key_values=DynamicCache(config=BasedConfig(num_hidden_layers=3))),
         "another model",
     ),
+    "cache of a model with other heads": (
+        lambda model, ids, cache: model(ids, past_key_values=used_by_another(ids, num_key_value_heads=1)),
+        "another model",
+    ),
+    "cache of a model with a shorter window": (
+        lambda model, ids, cache: model(ids, past_key_values=used_by_another(ids, sliding_window=WINDOW - 1)),
+        "fewer than the sliding_window",
+    ),
+    "static cache shorter than the window": (
+        lambda model, ids, cache: model.generate(
+            ids, max_new_tokens=2, past_key_values=StaticCache(config=model.config, max_cache_len=WINDOW - 1)
+        ),
+        "fewer than the sliding_window",
+    ),
     "cache of another batch size": (
-        lambda model, ids: model(ids.expand(2, -1), past_key_values=model(ids, use_cache=True).past_key_values),
+        lambda model, ids, cache: model(ids.expand(2, -1), past_key_values=cache),
         "batch size",
     ),
+    "prompt that the cache has seen": (
+        lambda model, ids, cache: model.generate(ids[:, :9], max_new_tokens=2, past_key_values=cache),
+        "whole text",
+    ),
+    "prompt lookup on a cache in use": (
+        lambda model, ids, cache: model.generate(
+            ids, max_new_tokens=2, past_key_values=cache, prompt_lookup_num_tokens=3
+        ),
+        "decode without a draft",
+    ),
+    "early exit": (
+        lambda model, ids, cache: model.generate(ids, max_new_tokens=2, assistant_early_exit=2),
+        "Use `assistant_model`",
+    ),
     "quantized cache": (
-        lambda model, ids: model.generate(ids, max_new_tokens=2, cache_implementation="quantized"),
-        "running sum",
+        lambda model, ids, cache: model.generate(ids, max_new_tokens=2, cache_implementation="quantized"),
+        'running sum.*"static"',
     ),
     "offloaded cache": (
-        lambda model, ids: model.generate(ids, max_new_tokens=2, cache_implementation="offloaded"),
-        "fixed size",
+        lambda model, ids, cache: model.generate(ids, max_new_tokens=2, cache_implementation="offloaded"),
+        'fixed size.*"static"',
     ),
-    "continuous batching": (lambda model, ids: model.generate_batch([[1, 2]], max_new_tokens=2), "padded batch"),
+    "offloaded static cache": (
+        lambda model, ids, cache: model.generate(ids, max_new_tokens=2, cache_implementation="offloaded_static"),
+        'fixed size.*"static"',
+    ),
+    "offloading cache of one's own": (
+        lambda model, ids, cache: model.generate(
+            ids, max_new_tokens=2, past_key_values=DynamicCache(config=model.config, offloading=True)
+        ),
+        "fixed size.*without `offloading`",
+    ),
+    "continuous batching": (
+        lambda model, ids, cache: model.generate_batch([[1, 2]], max_new_tokens=2),
+        "padded batch",
+    ),
+    "paged cache": (
+        lambda model, ids, cache: model.generate(ids, max_new_tokens=2, cache_implementation="paged"),
+        "padded batch",
+    ),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", REFUSED)
 def test_refused(way):
+    """With the reason and the alternative, and before it changes the model or the cache."""
     model = build()
-    ids = torch.stack(rows_of(1))
-    before = model(ids, use_cache=False).logits
+    ids, cache = torch.stack(rows_of(1)), DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    expected = model(ids[:, 9:], past_key_values=copy.deepcopy(cache)).logits
     run, message = REFUSED[way]
     with pytest.raises((ValueError, NotImplementedError), match=message):
-        run(model, ids)
-    assert torch.equal(model(ids, use_cache=False).logits, before)
+        run(model, ids, cache)
+    assert torch.equal(model(ids[:, 9:], past_key_values=cache).logits, expected)
     assert model.config._attn_implementation == "sdpa"

@@ -661,6 +661,8 @@ def test_packed_documents_on_a_cache_raise(tiny_model, how):
     [
         ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 3, 6])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([[0, 6]])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([])}, "cu_seq_lens_q"),
         ({"seq_idx": torch.zeros(1, 5)}, "seq_idx"),
         ({"attention_mask": torch.ones(1, 5)}, "attention_mask"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, "attention_mask"),

@@ -44,11 +44,8 @@ class TaylorCacheLayer(LinearAttentionLayer):
 
     def read(self, *shape: int) -> torch.Tensor | None:
         """The state, or `None` before the first token. Raises `ValueError` if the mixer needs one of another shape."""
-        if self.state is not None and tuple(self.state.shape) != shape:
-            raise ValueError(
-                f"This cache holds a state of shape {tuple(self.state.shape)}, {shape} is needed: it belongs to "
-                "another model or batch size. Use a new cache."
-            )
+        if self.state is not None:
+            check_shape(self.state, shape)
         return self.state
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
@@ -161,51 +158,72 @@ class CountingTaylorCacheLayer(TaylorCacheLayer, CacheLayerMixin):
         self.cumulative_length = 0
 
 
-def adopt_cache(cache: Cache, config, batch_size: int | None = None) -> Cache:
+def check_shape(held: torch.Tensor, needed: tuple[int, ...]) -> None:
+    """Raises `ValueError` if what a cache holds is not what the mixer needs."""
+    if tuple(held.shape) != needed:
+        raise ValueError(
+            f"This cache holds {tuple(held.shape)} where {needed} is needed: it belongs to another model or batch "
+            "size. Use a new cache."
+        )
+
+
+def adopt_cache(cache: Cache, config, batch_size: int | None = None, new_tokens: int = 0) -> Cache:
     """
     Makes `cache` fit a Based model, in place, and returns it. From the second call on it only checks.
 
-    Raises:
+    Raises (and then leaves the cache as it is):
         TypeError: not a transformers `Cache`, or one that cannot hold a recurrent state.
-        ValueError: a cache built, or already used, for another model or batch size; or one that offloads.
+        ValueError: a cache built, or already used, for another model or batch size; one that offloads; or one whose
+            attention layers would lose tokens of the window with the `new_tokens` to come.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"`past_key_values` must be a transformers Cache for a decoder; got {type(cache).__name__}.")
-    if not cache.layers and cache.layer_class_to_replicate is not None:
-        # `DynamicCache()` without a config: it would make every layer an attention layer.
-        cache.layers = DynamicCache(config=config).layers
-        cache.layer_class_to_replicate = None
     if cache.offloading:
         raise ValueError(
             "An offloading cache has no use here: the state has a fixed size and is needed at every step. Use a cache "
             "without `offloading`."
         )
-    if len(cache.layers) != config.num_hidden_layers:
+    layers = cache.layers
+    if not layers and cache.layer_class_to_replicate is not None:
+        # `DynamicCache()` without a config: it would make every layer an attention layer.
+        layers = DynamicCache(config=config).layers
+    if len(layers) != config.num_hidden_layers:
         raise ValueError(
-            f"This cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: it belongs to another "
-            "model. Pass the model's config to the cache."
+            f"This cache has {len(layers)} layers, the model {config.num_hidden_layers}: it belongs to another model. "
+            "Pass the model's config to the cache."
         )
-    has_attention = "sliding_attention" in config.layer_types
-    for i, (layer, layer_type) in enumerate(zip(cache.layers, config.layer_types)):
+    for i, (layer, layer_type) in enumerate(zip(layers, config.layer_types)):
         is_recurrent = isinstance(layer, LinearAttentionCacheLayerMixin)
         if is_recurrent == (layer_type == "sliding_attention"):
             raise ValueError(
                 f"Layer {i} of this cache is a {type(layer).__name__}, the model's is {layer_type}: it belongs to "
                 "another model. Pass the model's config to the cache."
             )
-        if not is_recurrent or isinstance(layer, TaylorCacheLayer):
-            held = layer.state if is_recurrent else layer.keys if layer.is_initialized else None
-            if batch_size is not None and held is not None and held.numel() and held.shape[0] != batch_size:
-                raise ValueError(
-                    f"This cache holds a batch of {held.shape[0]}, the input has a batch size of {batch_size}. Use a "
-                    "new cache, or `batch_repeat_interleave` or `batch_select_indices` of this one."
-                )
+        if is_recurrent and not isinstance(layer, TaylorCacheLayer):
+            if layer.is_conv_states_initialized[0] or layer.is_recurrent_states_initialized[0]:
+                raise ValueError(f"Layer {i} of this cache already holds another model's state. Use a new cache.")
             continue
-        if layer.is_conv_states_initialized[0] or layer.is_recurrent_states_initialized[0]:
-            raise ValueError(f"Layer {i} of this cache already holds another model's state. Use a new cache.")
-        adopted = TaylorCacheLayer() if has_attention or i else CountingTaylorCacheLayer()
-        adopted.record_past = layer.record_past
-        cache.layers[i] = adopted
+        held = layer.state if is_recurrent else layer.keys if layer.is_initialized else None
+        if batch_size is not None and held is not None and held.numel() and held.shape[0] != batch_size:
+            raise ValueError(
+                f"This cache holds a batch of {held.shape[0]}, the input has a batch size of {batch_size}. Use a new "
+                "cache, or `batch_repeat_interleave` or `batch_select_indices` of this one."
+            )
+        room = -1 if is_recurrent else layer.get_max_length()
+        if 0 < room < config.sliding_window and layer.get_seq_length() + new_tokens > room:
+            raise ValueError(
+                f"Layer {i} of this cache keeps {room} tokens, fewer than the sliding_window of "
+                f"{config.sliding_window}, and more are to come. Use a new cache with this model's config and a longer "
+                "`max_cache_len`."
+            )
+
+    if layers is not cache.layers:
+        cache.layers, cache.layer_class_to_replicate = layers, None
+    has_attention = "sliding_attention" in config.layer_types
+    for i, layer in enumerate(layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, TaylorCacheLayer):
+            layers[i] = TaylorCacheLayer() if has_attention or i else CountingTaylorCacheLayer()
+            layers[i].record_past = layer.record_past
     return cache
 
 

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -36,7 +36,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_based import TaylorCacheLayer, adopt_cache
+from .cache_based import TaylorCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
 from .original_format import (
     config_from_original,
@@ -317,6 +317,9 @@ class BasedAttention(nn.Module):
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
         if past_key_values is not None:
             num_keys, _ = past_key_values.get_mask_sizes(length, self.layer_idx)
+            held = past_key_values.layers[self.layer_idx].keys
+            if held is not None and held.ndim == 4:
+                check_shape(held, (batch, key.shape[1], held.shape[2], self.head_dim))
             key, value = past_key_values.update(key, value, self.layer_idx)
             # transformers 5.17 returns more than the mask covers after `reset` and while recording for `crop`.
             key, value = key[:, :, -num_keys:], value[:, :, -num_keys:]
@@ -452,12 +455,13 @@ def _checked(
             f"`attention_mask` must be [batch, past + new tokens] = {expected}; got {tuple(attention_mask.shape)}. "
             "Recurrent layers cannot follow a mask with more dimensions."
         )
+    exists = attention_mask == 1
     if not torch.compiler.is_compiling():
-        if inputs_embeds.shape[1] > 1 and not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
-        if attention_mask.all():
+        if exists.all():
             return None
-    return attention_mask.bool()
+        if not (exists | (attention_mask == 0)).all():
+            raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
+    return exists
 
 
 def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
@@ -468,7 +472,9 @@ def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Ten
         raise ValueError(
             f"`position_ids` must be [batch, tokens] = {(batch, length)}; got {tuple(position_ids.shape)}."
         )
-    if length > 1 and not torch.compiler.is_compiling() and (position_ids < 0).any():
+    # For single tokens on a GPU, waiting for the answer would cost more than it is worth.
+    is_cheap = length > 1 or position_ids.device.type == "cpu"
+    if is_cheap and not torch.compiler.is_compiling() and (position_ids < 0).any():
         raise ValueError(f"`position_ids` must not be negative; got {int(position_ids.min())}.")
 
 
@@ -532,7 +538,7 @@ def _packed_documents(
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
     if cu_seq_lens is not None:
         bounds = cu_seq_lens.tolist()
-        if batch != 1 or bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+        if batch != 1 or bounds[:1] != [0] or bounds[-1:] != [length] or any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(
                 f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
                 f"{bounds} and {batch} rows."
@@ -726,7 +732,7 @@ class BasedModel(BasedPreTrainedModel):
         if use_cache and past_key_values is None and documents is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.config, batch_size=inputs_embeds.shape[0])
+            adopt_cache(past_key_values, self.config, batch_size=inputs_embeds.shape[0], new_tokens=length)
 
         if masks is None:
             masks = _make_masks(
@@ -838,21 +844,42 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """`generate` asks the new cache for its length before the first forward; an attention-free one has none."""
-        refused = {
-            "quantized": "its state is a running sum, which must stay fp32",
-            "offloaded": "its state has a fixed size and is needed at every step",
-            "offloaded_static": "its state has a fixed size and is needed at every step",
-        }
-        if (wanted := generation_config.cache_implementation) in refused:
+        wanted = generation_config.cache_implementation or ""
+        if wanted == "quantized" or wanted.startswith("offloaded"):
+            reason = "is a running sum, which must stay fp32" if wanted == "quantized" else "has a fixed size"
             raise ValueError(
-                f'Based has no use for `cache_implementation="{wanted}"`: {refused[wanted]}. Leave it out, or use '
-                '"static".'
+                f'Based has no use for `cache_implementation="{wanted}"`: its state {reason}, and is needed at every '
+                'step. Leave it out, or use "static".'
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            adopt_cache(model_kwargs["past_key_values"], self.config)
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` drafts with the first layers alone, which in Based are no language model. Use "
+                "`assistant_model` or `prompt_lookup_num_tokens`."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        adopt_cache(cache, self.config)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and cache.get_seq_length() > 0:
+            raise ValueError(
+                "Assisted and prompt-lookup decoding read the whole text, also the part that this cache has seen: it "
+                "would count twice. Leave out `past_key_values`, or decode without a draft."
+            )
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        """Called by `generate` before every forward."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                "`past_key_values` has seen all tokens that `generate` was given, or more: none is left to go on from. "
+                "Pass the whole text, of which the cache has seen the beginning, or the new tokens alone with an "
+                "`attention_mask` for the whole."
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused before it changes the model: its pages hold keys and values, not a recurrent state."""
