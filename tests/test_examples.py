@@ -102,6 +102,16 @@ def test_finetune_refuses_in_a_line(tmp_path, text, options, message):
     assert "Traceback" not in process.stderr
 
 
+def test_shared_prefix_prints_the_time_saved(tmp_path):
+    (tmp_path / "document.txt").write_text("All work and no play. " * 200)
+    options = ("--document", tmp_path / "document.txt", "--new-tokens", "4", "--question", "Who?", "What?", "Why?")
+    output = run_python("examples/shared_prefix.py", *options).stdout
+    assert "The document has 4400 tokens" in output
+    # The program itself compares each answer with one from reading the document anew.
+    assert re.findall(r"^(\w+\?)  ->  b", output, re.MULTILINE) == ["Who?", "What?", "Why?"]
+    assert re.search(r"^Time saved: -?[\d.]+ s, -?\d+ percent", output, re.MULTILINE)
+
+
 def test_benchmark_verifies_and_prints_a_table():
     options = ("--tokens", "256", "--heads", "2", "--positions", "20", "300", "--repeats", "1")
     output = run_python("examples/benchmark_cpu.py", *options).stdout

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, set_seed
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from transformers_based.cache_based import CountingTaylorCacheLayer
@@ -298,19 +298,59 @@ def test_speculative_decoding_equals_greedy(tiny_model, layer_types, how):
         assert 1 < len(widths) < 40
 
 
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    config = LlamaConfig(**sizes, **special, num_attention_heads=4, initializer_range=0.25)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pair", ["smaller draft", "Llama as draft", "draft of Llama"])
+def test_drafts_of_another_kind(tiny_model, pair, padded):
+    """Their tokens are mostly wrong, so that target and draft roll back all the time."""
+    target, draft = {
+        "smaller draft": lambda: (tiny_model(), tiny_model(layer_types=["linear_attention"], seed=1)),
+        "Llama as draft": lambda: (tiny_model(), tiny_llama()),
+        "draft of Llama": lambda: (tiny_llama(), tiny_model()),
+    }[pair]()
+    ids, pads = tokens(1, 9), torch.zeros(1, 3 * padded, dtype=torch.long)
+    mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
+    got = target.generate(
+        torch.cat([pads, ids], dim=1),
+        attention_mask=mask,
+        max_new_tokens=30,
+        do_sample=False,
+        assistant_model=draft,
+        return_dict_in_generate=True,
+    )
+    expected = greedy(target, ids, 30)
+    assert torch.equal(got.sequences[:, pads.shape[1] :], expected)
+    # The cache that comes back has seen these tokens and no others.
+    expected = torch.cat([expected, tokens(1, 4, seed=4)], dim=1)
+    prompt, mask = torch.cat([pads, expected], dim=1), torch.cat([mask, torch.ones(1, 34, dtype=torch.long)], dim=1)
+    again = target.generate(
+        prompt, attention_mask=mask, past_key_values=got.past_key_values, max_new_tokens=9, do_sample=False
+    )
+    assert torch.equal(again[:, pads.shape[1] :], greedy(target, expected, 9))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_cache_of_another_model(tiny_model, kind):
-    """Refused by name, by layers, types, sizes and batch."""
+    """Refused by name, by layers, types, sizes and batch, and left as it was."""
     model = tiny_model()
     ids = tokens(2, 5)
     others = {
         "2 layers": {"layer_types": ["conv", "sliding_attention"]},
-        "Layer 0": {"layer_types": ["sliding_attention", "conv", "linear_attention", "conv"]},
+        "Layer 2": {"layer_types": ["conv", "linear_attention", "conv", "sliding_attention"]},
     }
     for message, overrides in others.items():
         cache = make_cache(tiny_model(**overrides), kind)
+        layers = list(cache.layers)
         with pytest.raises(ValueError, match=f"{message}.*another model"):
             model(ids, past_key_values=cache)
+        assert all(layer is before for layer, before in zip(cache.layers, layers, strict=True))
     cache = make_cache(model, kind)
     with torch.no_grad():
         tiny_model(linear_feature_dim=16)(ids, past_key_values=cache)

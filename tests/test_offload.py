@@ -1,8 +1,11 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """Weights on several devices or on disk: the logits and the tokens stay those of the whole model."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from transformers_based import BasedForCausalLM
 
@@ -14,22 +17,20 @@ def split_map(model, first, second):
     return {"model.embed_tokens": first, "lm_head": first, "model.norm": second, "model.rotary_emb": first, **names}
 
 
-def assert_same_as_whole(saved, whole, split):
-    ids = torch.randint(1, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+def assert_same_as_whole(whole, split):
+    ids = torch.randint(1, 500, (2, 40), generator=torch.Generator().manual_seed(0)).to(whole.device)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
+    seq_idx = (torch.arange(40, device=ids.device) // 9).expand(2, -1)
     with torch.no_grad():
-        expected = whole(ids, attention_mask=mask).logits
-        got = split(ids, attention_mask=mask).logits.to(expected.device)
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
-    tokens = [m.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False).cpu() for m in (whole, split)]
-    assert torch.equal(*tokens)
-    with torch.no_grad():
-        packed = [
-            m(ids, seq_idx=(torch.arange(40) // 9).expand(2, -1), use_cache=False).logits.to(expected.device)
-            for m in (whole, split)
-        ]
+        padded, packed = (
+            [model(ids, use_cache=False, **arguments).logits.to(ids.device) for model in (whole, split)]
+            for arguments in ({"attention_mask": mask}, {"seq_idx": seq_idx})
+        )
+    torch.testing.assert_close(*(logits[mask.bool()] for logits in padded), atol=1e-4, rtol=0)
     torch.testing.assert_close(*packed, atol=1e-4, rtol=0)
+    tokens = [m.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False) for m in (whole, split)]
+    assert torch.equal(*tokens)
 
 
 @pytest.fixture
@@ -43,16 +44,29 @@ def test_disk(saved, tmp_path):
     device_map = split_map(whole, "cpu", "disk")
     split = BasedForCausalLM.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path / "offload")
     assert split.hf_device_map["model.layers.7"] == "disk"
-    assert_same_as_whole(saved, whole, split)
+    assert_same_as_whole(whole, split)
 
 
-def test_auto_on_a_machine_without_gpu(saved):
+def test_cpu(based_tiny):
+    """accelerate brings the weights of each layer to the device when their turn comes, here from the CPU to the CPU."""
+    split = cpu_offload(copy.deepcopy(based_tiny), execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in split.parameters()} == {"meta"}
+    assert_same_as_whole(based_tiny, split)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, `auto` means that")
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_whole_on_a_machine_without_gpu(saved, device_map):
     whole = BasedForCausalLM.from_pretrained(saved)
-    assert_same_as_whole(saved, whole, BasedForCausalLM.from_pretrained(saved, device_map="cpu"))
+    assert_same_as_whole(whole, BasedForCausalLM.from_pretrained(saved, device_map=device_map))
 
 
 @pytest.mark.gpu
-def test_cpu_and_gpu(saved):
-    whole = BasedForCausalLM.from_pretrained(saved)
-    split = BasedForCausalLM.from_pretrained(saved, device_map=split_map(whole, 0, "cpu"))
-    assert_same_as_whole(saved, whole, split)
+@pytest.mark.parametrize("rest", ["cpu", "disk"])
+def test_gpu_and_the_rest_elsewhere(saved, tmp_path, rest):
+    """The layers whose weights lie elsewhere run on the GPU too."""
+    whole = BasedForCausalLM.from_pretrained(saved).to(0)
+    device_map = split_map(whole, 0, rest)
+    split = BasedForCausalLM.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert split.hf_device_map["model.layers.7"] == rest
+    assert_same_as_whole(whole, split)
