@@ -317,26 +317,21 @@ def _check_state(name, state, query, value, cu_seqlens):
 
 
 def _backend(query: torch.Tensor, value: torch.Tensor) -> str:
-    is_compiling = torch.compiler.is_compiling()
-    return _choose_backend(query.device.type, str(query.dtype), query.shape[-1], value.shape[-1], is_compiling)
+    return _choose_backend(query.device.type, str(query.dtype), query.shape[-1], value.shape[-1])
 
 
 _logged = set()
 
 
 @torch.compiler.assume_constant_result
-def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int, is_compiling: bool = False) -> str:
+def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int) -> str:
     """'triton' or 'torch' for tensors of this kind, the reason logged the first time."""
     wanted = os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted not in ("auto", "torch", "triton"):
         raise ValueError(f"{BACKEND_VARIABLE} must be auto, torch or triton; got {wanted!r}.")
     obstacle = _obstacle_to_triton(device, dtype, feature_dim, head_dim)
-    if wanted == "auto" and not obstacle:
-        # What only runs when asked for by name.
-        obstacle = f"Triton's interpreter on {device} is for tests" if device != "cuda" else None
-        obstacle = obstacle or based_kernels.unproven(feature_dim)
-        if not obstacle and is_compiling:
-            obstacle = "torch.compile has built one of the kernels wrongly (kernels/README.md)"
+    if wanted == "auto" and not obstacle and device != "cuda":
+        obstacle = f"Triton's interpreter on {device} is for tests"
     if wanted == "triton" and obstacle:
         raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Set it to auto or torch.")
     choice = "torch" if wanted == "torch" or obstacle else "triton"
@@ -355,6 +350,11 @@ def _obstacle_to_triton(device: str, dtype: str, feature_dim: int, head_dim: int
         return "triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}"
+    if device == "cuda" and torch.cuda.is_available():
+        if torch.version.hip is not None:
+            return "the kernels have never run on an AMD GPU"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "the kernels need a GPU of compute capability 8.0 or more"
     if dtype not in ("torch.float32", "torch.float16", "torch.bfloat16"):
         return f"the kernels do not take {dtype}"
     if feature_dim > 32 or feature_dim % 8 or head_dim > 256 or head_dim % 8:

@@ -34,20 +34,4 @@ def is_available() -> bool:
     return _missing is None
 
 
-# The Triton that the gpu tests passed with. It builds neighbouring launch settings wrongly (README), so the code that
-# another version makes of these kernels counts as unproven until those tests have run with it.
-PROVEN_TRITON = "3.6"
-
-
-def unproven(feature_dim: int) -> str | None:
-    """Why the kernels are not known to be right here, for queries of this size; `None` if the gpu tests cover them."""
-    import triton
-
-    if not triton.__version__.startswith(f"{PROVEN_TRITON}."):
-        return f"the kernels are proven with Triton {PROVEN_TRITON}, not with {triton.__version__}"
-    if feature_dim > 16:
-        return f"the kernels are proven for a feature_dim of 8 and 16, not of {feature_dim}"
-    return None
-
-
-__all__ = ["PROVEN_TRITON", "TaylorAttention", "is_available", "taylor_attention", "taylor_attention_step", "unproven"]
+__all__ = ["TaylorAttention", "is_available", "taylor_attention", "taylor_attention_step"]

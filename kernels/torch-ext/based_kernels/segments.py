@@ -9,6 +9,8 @@ Nothing here reads a GPU value on the host: sizes are bounds that hold for every
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 
 class Segments(NamedTuple):
@@ -42,3 +44,37 @@ def cut(B, T, cu_seqlens, length):
     # a document of length l > L has ceil(l / L) <= 2 l / L segments
     slots = 2 * T // length
     return Segments(docs, length, 1, programs, slots, doc, end - count, slot.int(), count.int())
+
+
+@triton.jit
+def locate(i_s, p_cu, p_doc, p_first, p_slot, T, SEGMENT, PER_DOC, PACKED: tl.constexpr, TABLE: tl.constexpr):
+    """Segment i_s -> document, batch row, first and last+1 token, state slot (-1: the document is a single segment)."""
+    if TABLE:
+        i_n = tl.load(p_doc + i_s)
+        i_part = i_s - tl.load(p_first + i_n)
+        slot = tl.load(p_slot + i_n)
+        slot = tl.where(slot < 0, -1, slot + i_part)
+    else:
+        i_n = i_s // PER_DOC
+        i_part = i_s % PER_DOC
+        slot = tl.where(PER_DOC > 1, i_s, -1)
+    if PACKED:
+        i_b = i_n * 0
+        bos = tl.load(p_cu + i_n)
+        eos = tl.load(p_cu + i_n + 1)
+    else:
+        i_b = i_n
+        bos = i_n * 0
+        eos = T
+    start = bos + i_part * SEGMENT
+    end = tl.minimum(start + SEGMENT, eos)
+    return i_n, i_b, start, end, slot, i_part == 0, end == eos
+
+
+@triton.jit
+def exists(o_c, left, p_mask, HAS_MASK: tl.constexpr):
+    """[BLOCK_C] bool: the token lies in the segment, of which `left` are left, and is not masked."""
+    m_t = o_c < left
+    if HAS_MASK:
+        m_t = m_t & (tl.load(p_mask + o_c, mask=m_t, other=0) != 0)
+    return m_t

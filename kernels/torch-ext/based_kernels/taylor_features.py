@@ -1,48 +1,135 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Packed second-order Taylor features on the GPU: which pair is feature f, how a state is read, written and grown.
+"""Packed second-order Taylor features on the GPU: which pair is a feature, how a state is read, written and grown.
 
 Layout in memory (public):  state [V + 1, F_PAD] fp32 per head, pairs (a <= b) in torch.triu_indices(D + 1, D + 1) order,
                             row v < V for the values, row V for the normaliser.
-Layout in a kernel:         x [BLOCK_C, BLOCK_D] the tokens' entries; y [BLOCK_C, BLOCK_Y] the same as [x, 1, 0 ..];
-                            a token that does not exist is 0 everywhere, the 1 included.
-                            The values in tiles [BLOCK_F, BLOCK_V]: products x_a x_(a + r mod D) for r = 0 .. D / 2, then
-                            x_a 1, then 1 1; in a tile of whole rolls r the first factor is x repeated, the same for all.
-                            The normaliser as the moment matrix sum y y^T [BLOCK_Y, BLOCK_Y].
+Layout in a kernel:         x [BLOCK_C, P] the tokens' entries, P = 16 or 32. If D < P, entry D is the constant 1; if D = P,
+                            the constant has no place in x. Features come in tiles of P columns, one a roll:
+                            tile r < P / 2   x_a x_(a + r mod P)
+                            tile P / 2       the same for a < P / 2, and, if D = P, the constant 1 in column P / 2
+                            the last tile    x_a, if D = P
+                            The state of the values is a tuple of tiles [BLOCK_V, P] or [P, BLOCK_V]; the normaliser the
+                            moment sum y y^T [P, P] and, if D = P, the sum of y (in every row of a [BLOCK_C, P]) and a count.
 
-Maths:  phi_f(x) = y_a y_b, unscaled inside the kernel: picking an entry is exact in any dtype
-        w(q, k) = sum_f coef_f phi_f(q) phi_f(k)           coef = scale^2 (a < b), scale^2 / 2 (a == b), scale, 1
-        public state_f = unit_f * state inside             unit = scale, sqrt(scale), 1
+Maths:  w(q, k) = 1 + s + s^2 / 2 = sum_f coef_f half_f phi_f(q) phi_f(k),  half = 1/2 for the squares (r = 0), else 1
+        coef = scale^2 for two entries, scale for one, 1 for none.  A state inside is sum half_f phi_f(k) v.
+        public state = sum unit_f phi_f(k) v,  unit = scale, sqrt(scale), 1; its gradient carries the inverse unit.
+
+In bf16 a roll is a product with a permutation matrix: exact, and on the tensor cores. In fp32 it is read from memory.
 """
 
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF005
+# Triton compiles `a + (b,)`, not `(*a, b)`.
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_y(p_x, r_x, m_t, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
-    """y [BLOCK_C, BLOCK_Y] of a chunk."""
-    b_x = tl.load(p_x + r_x, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0).to(DTYPE)
-    b_one = m_t.to(tl.float32)[:, None] + tl.zeros_like(o_d).to(tl.float32)[None, :]
-    return tl.where((o_d == D)[None, :], b_one.to(DTYPE), b_x)
+def load_x(p_x, r_x, m_t, o_d, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """x [BLOCK_C, P] of a chunk; a token that does not exist is 0 everywhere."""
+    if D == P:
+        return tl.load(p_x + r_x, mask=m_t[:, None], other=0.0).to(DTYPE)
+    else:
+        b_x = tl.load(p_x + r_x, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0).to(DTYPE)
+        return tl.where((o_d == D)[None, :] & m_t[:, None], 1.0, b_x).to(DTYPE)
 
 
 @triton.jit
-def feature_pair(i_f: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The two entries (a, b) of y that make each feature of tile i_f; (-1, -1) marks the padding."""
-    return _pair(i_f * BLOCK_F + tl.arange(0, BLOCK_F), D)
+def load_xt(p_x, r_xt, m_t, o_d, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """The same, transposed: [P, BLOCK_C]."""
+    if D == P:
+        return tl.load(p_x + r_xt, mask=m_t[None, :], other=0.0).to(DTYPE)
+    else:
+        b_x = tl.load(p_x + r_xt, mask=m_t[None, :] & (o_d < D)[:, None], other=0.0).to(DTYPE)
+        return tl.where((o_d == D)[:, None] & m_t[None, :], 1.0, b_x).to(DTYPE)
 
 
 @triton.jit
-def _pair(o_f, D: tl.constexpr):
-    F2: tl.constexpr = D * (D + 1) // 2
-    a = o_f % D
-    b = (a + o_f // D) % D
-    a = tl.where(o_f < F2, a, o_f - F2)
-    b = tl.where(o_f < F2, b, D)
-    a = tl.where(o_f <= F2 + D, a, -1)
-    b = tl.where(o_f <= F2 + D, b, -1)
+def load_rolled(p_x, r_row, m_t, r: tl.constexpr, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """x [BLOCK_C, P] rolled by r, read entry by entry: for dtypes in which a product is not exact or costs more."""
+    o_d = (tl.arange(0, P) + r) % P
+    return load_x(p_x, r_row[:, None] + o_d[None, :], m_t, o_d, D, P, DTYPE)
+
+
+@triton.jit
+def load_rolls(p_table, P: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Tuple of matrices [P, P] for r = 0 .. P / 2: `x @ m` rolls the entries of x by r; with TRANSPOSED `m @ x^T` does,
+    and `x @ m` rolls them back. Read once, before the loop over chunks: they stay in shared memory.
+    """
+    o_d = tl.arange(0, P)
+    p_m = p_table + o_d[:, None] * P + o_d[None, :]
+    if TRANSPOSED:
+        p_m += (P // 2 + 1) * P * P
+    b_m = ()
+    for r in tl.static_range(P // 2 + 1):
+        b_m = b_m + (tl.load(p_m + r * P * P),)
+    return b_m
+
+
+@triton.jit
+def roll_table_kernel(p_table, P: tl.constexpr, DTYPE: tl.constexpr):
+    """Writes the matrices of `load_rolls`: [2, P / 2 + 1, P, P]."""
+    r = tl.program_id(0)
+    o_d = tl.arange(0, P)
+    b_m = ((o_d[None, :] + r) % P == o_d[:, None]).to(DTYPE)
+    p_m = p_table + r * P * P
+    tl.store(p_m + o_d[:, None] * P + o_d[None, :], b_m)
+    tl.store(p_m + (P // 2 + 1) * P * P + o_d[None, :] * P + o_d[:, None], b_m)
+
+
+@triton.jit
+def half_roll(b_f, o_d, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Tile P / 2 from its products: each pair once, and the constant. It is 1 for tokens that do not exist too: their
+    values are 0."""
+    b_rest = tl.where(o_d == P // 2, 1.0, 0.0).to(DTYPE)
+    if D < P:
+        b_rest = tl.zeros_like(b_rest)
+    if TRANSPOSED:
+        return tl.where((o_d < P // 2)[:, None], b_f, b_rest[:, None])
+    else:
+        return tl.where((o_d < P // 2)[None, :], b_f, b_rest[None, :])
+
+
+@triton.constexpr_function
+def num_tiles(D, P):
+    return P // 2 + 1 + (D == P)
+
+
+@triton.jit
+def coef_columns(r: tl.constexpr, scale, D: tl.constexpr, P: tl.constexpr):
+    """Coefficients [P] of tile r."""
+    o_d = tl.arange(0, P)
+    if D == P:
+        if r == P // 2:
+            return tl.where(o_d < P // 2, scale * scale, 1.0)
+        elif r < P // 2:
+            return tl.where(o_d < P, scale * scale, 1.0)
+        else:
+            return tl.where(o_d < P, scale, 1.0)
+    else:
+        b_coef = tl.where(o_d < D, scale, 1.0) * tl.where((o_d + r) % P < D, scale, 1.0)
+        if r == 0:
+            # the constant times itself is halved as the squares are
+            b_coef = tl.where(o_d == D, 2.0, b_coef)
+        return b_coef
+
+
+@triton.jit
+def _pair(r: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """The entries (a, b) of each column of tile r, D for the constant; a = -1 where there is no feature."""
+    a = tl.arange(0, P)
+    b = (a + r) % P
+    if D == P:
+        if r == P // 2:
+            b = tl.where(a < P // 2, b, D)
+            a = tl.where(a < P // 2, a, tl.where(a == P // 2, D, -1))
+        elif r > P // 2:
+            b = tl.zeros_like(a) + D
+    else:
+        a = tl.where((a <= D) & (b <= D), a, -1)
+        if r == P // 2:
+            a = tl.where(tl.arange(0, P) < P // 2, a, -1)
     return a, b
 
 
@@ -54,155 +141,86 @@ def feature_column(a, b, D: tl.constexpr):
 
 
 @triton.jit
-def feature_coef(i_f: tl.constexpr, scale, D: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Coefficients of the query side of tile i_f, [BLOCK_F]; by position, so that they cost no registers."""
-    F2: tl.constexpr = D * (D + 1) // 2
-    o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
-    # the squares come first
-    b_coef = tl.where(o_f < D, 0.5 * scale * scale, scale * scale)
-    if has_ones(i_f, D, BLOCK_F):
-        b_coef = tl.where(o_f < F2, b_coef, tl.where(o_f < F2 + D, scale, 1.0))
-    return b_coef
-
-
-@triton.constexpr_function
-def is_rolls(i_f, D, BLOCK_F):
-    """Whether tile i_f holds nothing but whole rolls."""
-    return BLOCK_F % D == 0 and (i_f + 1) * BLOCK_F <= D * (D // 2)
-
-
-@triton.constexpr_function
-def has_ones(i_f, D, BLOCK_F):
-    """Whether tile i_f needs the constant entry, so y in place of x."""
-    return (i_f + 1) * BLOCK_F > D * (D + 1) // 2
+def _unit(a, b, scale, sqrt_scale, D: tl.constexpr):
+    return tl.where(a < D, tl.where(b < D, scale, sqrt_scale), tl.where(b < D, sqrt_scale, 1.0))
 
 
 @triton.jit
-def load_one_hots(
-    p_table,
-    i_f: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    TILES: tl.constexpr,
-    ONES: tl.constexpr,
-):
-    """Selection matrices of tile i_f, [BLOCK_F, BLOCK_D] for x, or [BLOCK_F, BLOCK_Y] for y if ONES and the tile has them:
-    a product with one picks the first or the second factor of each feature, exactly, on the tensor cores; a product with
-    its transpose adds a gradient of the factors to the entries. Table: [2 TILES, BLOCK_F, BLOCK_Y].
-
-    Read again for every chunk: a copy to shared memory that runs ahead, where a constant would be kept in registers and
-    written to shared memory each time.
-    """
-    o_f = tl.arange(0, BLOCK_F)[:, None] * BLOCK_Y
-    p_a = p_table
-    if not is_rolls(i_f, D, BLOCK_F):
-        # all tiles of whole rolls share the matrix of tile 0, hence the product with it
-        p_a += i_f * BLOCK_F * BLOCK_Y
-    p_b = p_table + (TILES * BLOCK_F * BLOCK_Y + i_f * BLOCK_F * BLOCK_Y)
-    if ONES and has_ones(i_f, D, BLOCK_F):
-        o_y = o_f + tl.arange(0, BLOCK_Y)[None, :]
-        return tl.load(p_a + o_y, cache_modifier=".ca"), tl.load(p_b + o_y, cache_modifier=".ca")
-    else:
-        o_d = o_f + tl.arange(0, BLOCK_D)[None, :]
-        return tl.load(p_a + o_d, cache_modifier=".ca"), tl.load(p_b + o_d, cache_modifier=".ca")
-
-
-@triton.jit
-def factors(b_x, b_y, b_ea, b_eb, i_f: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):
-    """The two factors [BLOCK_C, BLOCK_F] of the features of tile i_f."""
-    b_t = b_x
-    if has_ones(i_f, D, BLOCK_F):
-        b_t = b_y
-    b_a = tl.dot(b_t, tl.trans(b_ea), input_precision=PRECISION)
-    b_b = tl.dot(b_t, tl.trans(b_eb), input_precision=PRECISION)
-    return b_a, b_b
-
-
-@triton.jit
-def phi_columns(
-    b_x, b_y, b_ea, b_eb, i_f: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The features of tile i_f, transposed: [BLOCK_F, BLOCK_C]."""
-    b_t = b_x
-    if has_ones(i_f, D, BLOCK_F):
-        b_t = b_y
-    b_a = tl.dot(b_ea, tl.trans(b_t), input_precision=PRECISION)
-    b_b = tl.dot(b_eb, tl.trans(b_t), input_precision=PRECISION)
-    return b_a * b_b
-
-
-@triton.jit
-def _one_hot_table_kernel(
-    p_table, D: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
-):
-    """First factors of all tiles, then second factors."""
-    o_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    o_y = tl.arange(0, BLOCK_Y)
-    a, b = _pair(o_f, D)
-    p_a = p_table + o_f[:, None] * BLOCK_Y + o_y[None, :]
-    tl.store(p_a, (a[:, None] == o_y[None, :]).to(DTYPE))
-    tl.store(p_a + TILES * BLOCK_F * BLOCK_Y, (b[:, None] == o_y[None, :]).to(DTYPE))
-
-
-@triton.jit
-def _unit(a, b, scale, sqrt_scale, D: tl.constexpr, GRADIENT: tl.constexpr):
-    """Public state over the state inside; a gradient carries the inverse."""
-    unit = tl.where(b < D, scale, tl.where(a < D, sqrt_scale, 1.0))
-    if GRADIENT:
-        unit = 1.0 / unit
+def _public_factor(r: tl.constexpr, a, b, scale, sqrt_scale, D: tl.constexpr, P: tl.constexpr, GRADIENT: tl.constexpr):
+    """Public state over the state inside: unit / half; of a gradient, coef / unit."""
+    unit = _unit(a, b, scale, sqrt_scale, D)
+    if r == 0:
+        if not GRADIENT:
+            unit *= 2.0
+        elif D < P:
+            unit = tl.where(a == D, 2.0, unit)
     return unit
 
 
 @triton.jit
 def load_state(
     p_state,
-    i_f: tl.constexpr,
+    r: tl.constexpr,
     o_v,
     rows,
     scale,
     sqrt_scale,
     D: tl.constexpr,
+    P: tl.constexpr,
     F_PAD: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     GRADIENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """Tile i_f of the values' state as [BLOCK_F, BLOCK_V]; 0 past row `rows`."""
-    a, b = feature_pair(i_f, D, BLOCK_F)
+    """Tile r of the values' state: [BLOCK_V, P], or [P, BLOCK_V] with TRANSPOSED; 0 from row `rows` on."""
+    a, b = _pair(r, D, P)
     o_f = feature_column(a, b, D)
-    unit = 1.0 / _unit(a, b, scale, sqrt_scale, D, GRADIENT)
-    m_fv = (a >= 0)[:, None] & (o_v < rows)[None, :]
-    return tl.load(p_state + o_v[None, :] * F_PAD + o_f[:, None], mask=m_fv, other=0.0) * unit[:, None]
+    factor = 1.0 / _public_factor(r, a, b, scale, sqrt_scale, D, P, GRADIENT)
+    if TRANSPOSED:
+        m_vf = (a >= 0)[:, None] & (o_v < rows)[None, :]
+        return tl.load(p_state + o_v[None, :] * F_PAD + o_f[:, None], mask=m_vf, other=0.0) * factor[:, None]
+    else:
+        m_vf = (o_v < rows)[:, None] & (a >= 0)[None, :]
+        return tl.load(p_state + o_v[:, None] * F_PAD + o_f[None, :], mask=m_vf, other=0.0) * factor[None, :]
 
 
 @triton.jit
 def store_state(
     p_state,
-    b_state,
-    i_f: tl.constexpr,
+    b_s,
     o_v,
     rows,
     scale,
     sqrt_scale,
     D: tl.constexpr,
+    P: tl.constexpr,
     F_PAD: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Inverse of load_state; the padding columns are written too, as 0."""
-    a, b = feature_pair(i_f, D, BLOCK_F)
-    o_f = tl.where(a < 0, i_f * BLOCK_F + tl.arange(0, BLOCK_F), feature_column(a, b, D))
-    b_state = tl.where((a >= 0)[:, None], b_state * _unit(a, b, scale, sqrt_scale, D, GRADIENT)[:, None], 0.0)
-    m_fv = (o_f < F_PAD)[:, None] & (o_v < rows)[None, :]
-    tl.store(p_state + o_v[None, :] * F_PAD + o_f[:, None], b_state, mask=m_fv)
+    """All tiles [BLOCK_V, P] of the values' state; the padding columns are written too, as 0."""
+    for r in tl.static_range(num_tiles(D, P)):
+        a, b = _pair(r, D, P)
+        factor = _public_factor(r, a, b, scale, sqrt_scale, D, P, GRADIENT)
+        m_vf = (o_v < rows)[:, None] & (a >= 0)[None, :]
+        tl.store(p_state + o_v[:, None] * F_PAD + feature_column(a, b, D)[None, :], b_s[r] * factor[None, :], mask=m_vf)
+    o_pad = (D + 1) * (D + 2) // 2 + tl.arange(0, 8)
+    m_pad = (o_v < rows)[:, None] & (o_pad < F_PAD)[None, :]
+    tl.store(p_state + o_v[:, None] * F_PAD + o_pad[None, :], tl.zeros_like(m_pad.to(tl.float32)), mask=m_pad)
 
 
 @triton.jit
-def _moment_grid(BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    o_a = tl.arange(0, BLOCK_Y)[:, None] + tl.zeros([1, BLOCK_X], dtype=tl.int32)
-    o_b = tl.arange(0, BLOCK_X)[None, :] + tl.zeros([BLOCK_Y, 1], dtype=tl.int32)
+def _moment_grid(P: tl.constexpr):
+    o_a = tl.arange(0, P)[:, None] + tl.zeros([1, P], dtype=tl.int32)
+    o_b = tl.arange(0, P)[None, :] + tl.zeros([P, 1], dtype=tl.int32)
     return o_a, o_b
+
+
+@triton.jit
+def _moment_factor(o_a, o_b, scale, sqrt_scale, D: tl.constexpr, GRADIENT: tl.constexpr):
+    """Public normaliser row over the moment. The row of a gradient knows that a square counts once, not twice."""
+    unit = _unit(o_a, o_b, scale, sqrt_scale, D)
+    if GRADIENT:
+        unit *= tl.where((o_a == o_b) & (o_a < D), 0.5, 1.0)
+    return unit
 
 
 @triton.jit
@@ -212,81 +230,129 @@ def load_moment(
     scale,
     sqrt_scale,
     D: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    CORNER: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """The normaliser row as a moment matrix, sum y y^T [BLOCK_Y, BLOCK_Y], or sum y x^T if not CORNER; 0 unless it exists.
-
-    As GRADIENT the matrix is sum e y_q y_q^T: the row of a gradient knows the coefficient 1/2 of a square.
-    """
-    o_a, o_b = _moment_grid(BLOCK_Y, BLOCK_X)
-    low = tl.minimum(o_a, o_b)
-    high = tl.maximum(o_a, o_b)
-    unit = 1.0 / _unit(low, high, scale, sqrt_scale, D, False)
-    if GRADIENT:
-        unit = tl.where((o_a == o_b) & (o_a < D), 2.0, 1.0) * unit
-    end = tl.where(exists, D, -1)
-    m_ab = high <= end
-    if not CORNER:
-        m_ab = m_ab & (o_b < D)
-    return tl.load(p_row + feature_column(low, high, D), mask=m_ab, other=0.0) * unit
+    """The normaliser row as moment [P, P], sum [BLOCK_C, P] and count (the two last only if D = P); 0 unless it exists."""
+    o_a, o_b = _moment_grid(P)
+    end = tl.where(exists, D + 1, 0)
+    m_ab = (o_a < end) & (o_b < end)
+    factor = 1.0 / _moment_factor(o_a, o_b, scale, sqrt_scale, D, GRADIENT)
+    b_m = tl.load(p_row + feature_column(o_a, o_b, D), mask=m_ab, other=0.0) * factor
+    o_n = tl.zeros([BLOCK_C, 1], dtype=tl.int32) + tl.arange(0, P)[None, :]
+    b_n = tl.zeros([BLOCK_C, P], dtype=tl.float32)
+    count = 0.0
+    if D == P:
+        b_n = tl.load(p_row + feature_column(o_n, D + o_n * 0, D), mask=o_n < end, other=0.0) / sqrt_scale
+        count = tl.load(p_row + D * (D + 3) // 2, mask=exists, other=0.0)
+    return b_m, b_n, count
 
 
 @triton.jit
 def store_moment(
     p_row,
-    b_moment,
-    b_count,
+    b_m,
+    b_n,
+    count,
     write,
     scale,
     sqrt_scale,
     D: tl.constexpr,
+    P: tl.constexpr,
     F_PAD: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    CORNER: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Inverse of load_moment, if `write`; the padding columns are written as 0. b_count: the corner, if the matrix has none."""
-    o_a, o_b = _moment_grid(BLOCK_Y, BLOCK_X)
-    low = tl.minimum(o_a, o_b)
-    high = tl.maximum(o_a, o_b)
-    unit = _unit(low, high, scale, sqrt_scale, D, False)
-    if GRADIENT:
-        unit = tl.where((o_a == o_b) & (o_a < D), 0.5, 1.0) * unit
-    end = tl.where(write, D, -1)
+    """Inverse of load_moment, if `write`; the padding columns are written as 0."""
+    o_a, o_b = _moment_grid(P)
+    end = tl.where(write, D + 1, 0)
     # each pair once: (a, b) and (b, a) may differ in rounding
-    m_once = o_a <= o_b
-    if not CORNER:
-        m_once = (m_once | (o_a == D)) & (o_b < D)
-        tl.store(p_row + D * (D + 3) // 2, b_count, mask=write)
-    tl.store(p_row + feature_column(low, high, D), b_moment * unit, mask=m_once & (high <= end))
+    m_once = (o_a <= o_b) & (o_b < end)
+    tl.store(
+        p_row + feature_column(o_a, o_b, D),
+        b_m * _moment_factor(o_a, o_b, scale, sqrt_scale, D, GRADIENT),
+        mask=m_once,
+    )
+    if D == P:
+        o_c = tl.arange(0, BLOCK_C)[:, None] + tl.zeros([1, P], dtype=tl.int32)
+        o_n = tl.zeros([BLOCK_C, 1], dtype=tl.int32) + tl.arange(0, P)[None, :]
+        tl.store(p_row + feature_column(o_n, D + o_n * 0, D), b_n * sqrt_scale, mask=(o_c == 0) & (o_n < end))
+        tl.store(p_row + D * (D + 3) // 2, count, mask=write)
     o_pad = (D + 1) * (D + 2) // 2 + tl.arange(0, 8)
     tl.store(p_row + o_pad, tl.zeros([8], dtype=tl.float32), mask=o_pad < tl.where(write, F_PAD, 0))
 
 
 @triton.jit
-def times_moment(b_y, b_moment, PRECISION: tl.constexpr):
-    """b_y [BLOCK_C, BLOCK_Y] times a moment matrix; in bf16 in two parts, so that the normaliser stays as good as fp32."""
-    b_high = b_moment.to(b_y.dtype)
-    b_x = tl.dot(b_y, b_high, input_precision=PRECISION)
-    if b_y.dtype != tl.float32:
-        b_x = tl.dot(b_y, (b_moment - b_high.to(tl.float32)).to(b_y.dtype), b_x, input_precision=PRECISION)
-    return b_x
+def grow_moment(b_m, b_n, b_yt, b_y, D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds sum y y^T and, if D = P, sum y (in every row). b_y may carry a weight of each token."""
+    b_m = tl.dot(b_yt, b_y, b_m, input_precision=PRECISION)
+    if D == P:
+        BLOCK_C: tl.constexpr = b_y.shape[0]
+        b_n = tl.dot(tl.full([BLOCK_C, BLOCK_C], 1.0, dtype=b_y.dtype), b_y, b_n, input_precision=PRECISION)
+    return b_m, b_n
 
 
 @triton.jit
-def moment_value(b_moment, scale, D: tl.constexpr, BLOCK_Y: tl.constexpr):
-    """C with y_q^T C y_q = the normaliser: the coefficients, split evenly between (a, b) and (b, a)."""
-    o_a, o_b = _moment_grid(BLOCK_Y, BLOCK_Y)
-    quadratic = 0.5 * scale * scale
-    return b_moment * tl.where(o_a < D, tl.where(o_b < D, quadratic, 0.5 * scale), tl.where(o_b < D, 0.5 * scale, 1.0))
+def columns(b_yt, b_rollt, ROLL_BY_LOAD: tl.constexpr, PRECISION: tl.constexpr):
+    """y^T [P, BLOCK_C] in fp32 as a product leaves it: the identity times y^T costs less than another layout of y^T."""
+    if ROLL_BY_LOAD:
+        return b_yt
+    else:
+        return tl.dot(b_rollt[0], b_yt, input_precision=PRECISION)
 
 
 @triton.jit
-def moment_slope(b_moment, scale, D: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    """C with y_q^T C = the gradient of the normaliser in q."""
-    o_a, _ = _moment_grid(BLOCK_Y, BLOCK_X)
-    return b_moment * tl.where(o_a < D, scale * scale, scale)
+def source_features(
+    r: tl.constexpr,
+    b_yt,
+    b_y32,
+    b_rollt,
+    p_y,
+    r_row,
+    m_t,
+    o_d,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    ROLL_BY_LOAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Tile r of half phi(y), transposed: [P, BLOCK_C] in fp32. b_yt is y^T, b_y32 its `columns`, b_rollt from
+    load_rolls(TRANSPOSED)."""
+    if r > P // 2:
+        b_f = b_y32
+    elif r == 0:
+        b_f = b_y32 * (b_y32 * 0.5)
+    elif ROLL_BY_LOAD:
+        b_f = tl.trans(load_rolled(p_y, r_row, m_t, r, D, P, DTYPE)) * b_y32
+    else:
+        b_f = tl.dot(b_rollt[r], b_yt, input_precision=PRECISION) * b_y32
+    if r == P // 2:
+        b_f = half_roll(b_f, o_d, D, P, tl.float32, True)
+    return b_f
+
+
+@triton.jit
+def normaliser(b_x, b_m, b_n, count, scale, D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+    """What the tokens before a chunk add to the normaliser, [BLOCK_C]."""
+    if D == P:
+        b_c = tl.trans(b_m * (0.5 * scale)).to(b_x.dtype)
+        b_u = tl.dot(b_x, b_c, b_n, input_precision=PRECISION)
+        return tl.sum(b_u * b_x.to(tl.float32), axis=1) * scale + count
+    else:
+        o_a, o_b = _moment_grid(P)
+        quadratic = 0.5 * scale * scale
+        b_c = tl.where(o_a < D, tl.where(o_b < D, quadratic, 0.5 * scale), tl.where(o_b < D, 0.5 * scale, 1.0))
+        b_u = tl.dot(b_x, tl.trans(b_m * b_c).to(b_x.dtype), input_precision=PRECISION)
+        return tl.sum(b_u * b_x.to(tl.float32), axis=1)
+
+
+@triton.jit
+def normaliser_slope(b_x, b_m, b_n, scale, D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of `normaliser` in x, [BLOCK_C, P]."""
+    if D == P:
+        return tl.dot(b_x, tl.trans(b_m * scale).to(b_x.dtype), b_n, input_precision=PRECISION) * scale
+    else:
+        b_c = tl.where(tl.arange(0, P) < D, scale * scale, scale)[None, :]
+        return tl.dot(b_x, tl.trans(b_m * b_c).to(b_x.dtype), input_precision=PRECISION)

@@ -1,0 +1,87 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""A program, not a test: compiles every kernel of one call, as the launchers launch it, on a machine without a GPU.
+
+    python compile_for_gpu.py CAPABILITY FEATURE_DIM HEAD_DIM DTYPE
+
+The interpreter accepts what the compiler refuses: pointers of mixed dtypes, too much shared memory. A stand-in for
+Triton's driver says that there is a GPU, of that compute capability, and launches nothing. Prints a line a kernel: its
+name, and whether it has Hopper's asynchronous products.
+"""
+
+import sys
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+CAPABILITY, FEATURE_DIM, HEAD_DIM = (int(argument) for argument in sys.argv[1:4])
+DTYPE = getattr(torch, sys.argv[4])
+SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448}
+
+
+class Utils:
+    @staticmethod
+    def get_device_properties(device):
+        return {"max_shared_mem": SHARED_MEMORY[CAPABILITY], "multiprocessor_count": 1, "warpSize": 32}
+
+    @staticmethod
+    def load_binary(name, kernel, shared, device):
+        # module, function, registers, spilled registers, most threads
+        return 0, 0, 0, 0, 1024
+
+
+class NoGpu:
+    utils = Utils
+
+    def get_current_target(self):
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    class launcher_cls:
+        def __init__(self, *args):
+            pass
+
+        def __call__(self, *args, **kwargs):
+            pass
+
+
+def compiled(key=None, repr=None, fn=None, compile=None, is_manual_warmup=None, already_compiled=None, **more):
+    kernel = fn.jit_function.device_caches[0][0][key]
+    is_async = "warp_group_dot" in kernel.asm["ttgir"]
+    print(fn.name.rpartition(".")[2], "async" if is_async else "sync", flush=True)
+
+
+def main():
+    driver.set_active(NoGpu())
+    knobs.runtime.jit_post_compile_hook = compiled
+    from based_kernels import checks, taylor_attention, taylor_attention_chunk, taylor_attention_step
+
+    # CPU tensors pass, the kernels are those of a GPU, and documents are cut
+    checks.interpreted = lambda: True
+    taylor_attention_chunk.interpreted = lambda: False
+    taylor_attention_chunk._segment_length = lambda *args: 32
+    features = -(-(FEATURE_DIM + 1) * (FEATURE_DIM + 2) // 16) * 8
+    query, key = (torch.randn(1, 77, 2, FEATURE_DIM).to(DTYPE).requires_grad_() for _ in range(2))
+    value = torch.randn(1, 77, 2, HEAD_DIM).to(DTYPE).requires_grad_()
+    state = torch.zeros(2, 2, HEAD_DIM + 1, features, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 40, 77], dtype=torch.int32)
+    for options in (
+        {},
+        {"mask": torch.ones(1, 77), "cu_seqlens": cu_seqlens, "initial_state": state, "output_final_state": True},
+    ):
+        output, final = taylor_attention(query, key, value, **options)
+        total = output.float().sum() + (final.sum() if final is not None else 0)
+        torch.autograd.grad(total, [query, key, value] + [state] * bool(options))
+    token = [x[:, :1].detach() for x in (query, key, value)]
+    taylor_attention_step(*token, state[:1].detach().clone(), mask=torch.ones(1, 1))
+
+
+if __name__ == "__main__":
+    main()
