@@ -72,11 +72,36 @@ def _processors(device):
 
 
 def _segment_length(B, T, H, blocks_v, num_warps, packed, processors):
-    """Tokens per segment. Cutting costs a second pass over keys and values and two launches: only as far as fills the card."""
+    """Tokens per segment. Cutting costs a second pass over keys and values and two launches. On a card half full that is as
+    much as it gains (benchmarks/results), so sequences are cut only where they leave two thirds of the card empty."""
     rows = H * blocks_v * (1 if packed else B)
-    parts = max(1, _WARPS * processors // (rows * num_warps))
-    length = -(-T // (parts * 64)) * 64
-    return max(length, _SHORTEST_SEGMENT)
+    parts = _WARPS * processors // (rows * num_warps)
+    if parts < 3:
+        return -(-T // 64) * 64
+    return max(-(-T // (parts * 64)) * 64, _SHORTEST_SEGMENT)
+
+
+_roll_tables = {}
+
+
+def _roll_table(config, device):
+    """The matrices of `load_rolls`. Kept, except where they are made in a CUDA graph's memory pool, which they would not
+    outlive, or by a compiled graph, which is not to see what is kept."""
+    dtype = torch.bfloat16 if tl.bfloat16 == config.DTYPE else torch.float32
+    P = config.P
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and (P, dtype, device) in _roll_tables:
+        return _roll_tables[P, dtype, device]
+    table = torch.empty((2, P // 2 + 1, P, P), dtype=dtype, device=device)
+    with device_guard(table):
+        roll_table_kernel[(P // 2 + 1,)](table, P=P, DTYPE=config.DTYPE, num_warps=1)
+        if is_compiling or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return table
+        if device.type == "cuda":
+            # once, for the other streams that will read it
+            torch.cuda.current_stream().synchronize()
+    _roll_tables[P, dtype, device] = table
+    return table
 
 
 class _Plan:
@@ -95,7 +120,7 @@ class _Plan:
         self.segments = cut(B, T, cu_seqlens, length)
         self.grid = (self.segments.programs * H * self.blocks_v,)
         self.has_table = self.segments.doc is not None
-        self.table = self._roll_table(config)
+        table = _roll_table(config, query.device)
         # stands for an absent tensor: of the type that the kernel compiles for, and never touched
         self.absent = torch.empty(4, dtype=torch.float32, device=query.device)
         bounds = cu_seqlens if packed else self.absent
@@ -109,7 +134,7 @@ class _Plan:
             self.segments.length,
             self.segments.per_doc,
         )
-        self.arguments = (self.table, bounds, *where, *numbers)
+        self.arguments = (table, bounds, *where, *numbers)
         self.mask = self.absent if mask is None else mask
         self.constants = {
             "D": D,
@@ -120,15 +145,6 @@ class _Plan:
             "TABLE": self.has_table,
             **config._asdict(),
         }
-
-    def _roll_table(self, config):
-        """Made on the GPU each time: a cached tensor would not outlive a CUDA graph's memory pool."""
-        dtype = torch.bfloat16 if tl.bfloat16 == config.DTYPE else torch.float32
-        P = config.P
-        table = torch.empty((2, P // 2 + 1, P, P), dtype=dtype, device=self.device)
-        with device_guard(table):
-            roll_table_kernel[(P // 2 + 1,)](table, P=P, DTYPE=config.DTYPE, num_warps=1)
-        return table
 
     def states(self, count):
         """An empty fp32 state for each of `count` documents or segments."""
