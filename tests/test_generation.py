@@ -418,6 +418,12 @@ def test_compiled_static_cache(tiny_model, layer_types):
     assert torch.equal(compiled, eager)
     assert 1 <= len(graphs) <= 2
 
+    # The prompt in pieces: not compiled.
+    graphs.clear()
+    arguments |= {"cache_implementation": "static", "compile_config": compile_config, "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(ids, **arguments), eager)
+    assert not graphs
+
 
 def test_compiled_forward(tiny_model):
     """A whole forward, and its backward, in one graph."""

@@ -858,6 +858,9 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
                 "`assistant_early_exit` drafts with the first layers alone, which in Based are no language model. Use "
                 "`assistant_model` or `prompt_lookup_num_tokens`."
             )
+        if generation_config.prefill_chunk_size is not None:
+            # transformers would compile the forward of a piece; on CUDA, torch 2.11 crashed in the launcher of that.
+            generation_config.disable_compile = True
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
