@@ -44,6 +44,18 @@ _DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS"] + [
 
 
 @triton.jit
+def _start(p_init, p_slots, i_n, slot, i_h, H, SIZE: tl.constexpr, HAS_INIT: tl.constexpr):
+    """Where the state stands that a segment starts from, and whether there is one: its slot's or its document's."""
+    p_state = p_init + (i_n.to(tl.int64) * H + i_h) * SIZE
+    m_state = slot >= 0
+    if HAS_INIT:
+        m_state = slot >= -1
+    if slot >= 0:
+        p_state = p_slots + (slot.to(tl.int64) * H + i_h) * SIZE
+    return p_state, m_state
+
+
+@triton.jit
 def _visible(o_c, REVERSE: tl.constexpr):
     """[BLOCK_C, BLOCK_C] bool: row i sees column j."""
     if REVERSE:
@@ -142,13 +154,7 @@ def taylor_attention_sum_kernel(
     p_o += (i_b.to(tl.int64) * T * H + i_h) * V
     p_z += i_b.to(tl.int64) * T * H + i_h
 
-    # the state this segment starts from
-    p_state = p_init + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
-    m_state = slot >= 0
-    if HAS_INIT:
-        m_state = slot >= -1
-    if slot >= 0:
-        p_state = p_slots + (slot.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
+    p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
     v_state = tl.where(m_state, V, 0)
     b_s = ()
     for r in tl.static_range(num_tiles(D, P)):
@@ -338,12 +344,7 @@ def taylor_attention_slope_kernel(
     p_dx += (i_v.to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
     e_end = tl.where(i_v == 0, BLOCK_C, 0)
 
-    p_state = p_init + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
-    m_state = slot >= 0
-    if HAS_INIT:
-        m_state = slot >= -1
-    if slot >= 0:
-        p_state = p_slots + (slot.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
+    p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
     v_state = tl.where(m_state, V, 0)
     b_s = ()
     for r in tl.static_range(num_tiles(D, P)):
