@@ -52,7 +52,10 @@ def run_python(*arguments: str | Path, **options):
 
 
 def load_program(path: str):
-    """A program of this repository as a module."""
+    """A program of this repository as a module; as when it is run, it can import the modules beside it."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -372,6 +372,7 @@ def save_half(self, folder, **kwargs):
     (folder / "model.safetensors").write_text("half")
     os.kill(os.getpid(), signal.SIGTERM)
 BasedForCausalLM.save_pretrained = save_half
+sys.path.append({str(ROOT / "conversion")!r})
 sys.argv = ["convert_checkpoint.py", {str(based_tiny_path)!r}, {str(tmp_path / "output")!r}]
 runpy.run_path({str(ROOT / "conversion" / "convert_checkpoint.py")!r}, run_name="__main__")
 """

@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 
 _MODEL = {
@@ -284,20 +286,44 @@ def state_dict_from_original(
                 f"{source}: `lm_head.weight` differs from the embedding although they are tied. If that is meant, set "
                 "`tie_word_embeddings` to false in its config.json."
             )
-    if missing := [name for name in table if name not in weights]:
-        raise ValueError(f"{source} lacks {_some(missing)}; the file is incomplete, or its config.json is another's.")
-    if unknown := [name for name in weights if name not in table]:
-        raise ValueError(f"{source} holds {_some(unknown)}, which no Based checkpoint has.")
+    expected = {
+        original: torch.Size((sum(shapes[name][0] for name in names), *shapes[names[0]][1:]))
+        for original, names in table.items()
+    }
+    check_shapes({name: tensor.shape for name, tensor in weights.items()}, expected, source)
     for original, names in table.items():
-        sizes = [shapes[name][0] for name in names]
-        shape = torch.Size((sum(sizes), *shapes[names[0]][1:]))
-        if weights[original].shape != shape:
+        converted.update(zip(names, weights[original].split([shapes[name][0] for name in names])))
+    return converted
+
+
+def check_shapes(
+    shapes: Mapping[str, torch.Size],
+    expected: Mapping[str, torch.Size],
+    source: str,
+    kind: str = "Based checkpoint",
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Checks the `shapes` of original tensors against those that a config asks for. Messages name the file of a tensor
+    where `files` has it, else `source`.
+
+    Raises:
+        ValueError: a tensor is missing, not `expected`, or has another shape.
+    """
+    files = files or {}
+    if missing := [name for name in expected if name not in shapes]:
+        raise ValueError(
+            f"{source} lacks {_some(missing)}, which every {kind} has; the file is incomplete, or its config.json is "
+            "another's."
+        )
+    if unknown := [name for name in shapes if name not in expected]:
+        raise ValueError(f"{files.get(unknown[0], source)} holds {_some(unknown)}, which no {kind} has.")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
             raise ValueError(
-                f"{source}: `{original}` has shape {tuple(weights[original].shape)}, its config.json asks for "
+                f"{files.get(name, source)}: `{name}` has shape {tuple(shapes[name])}, its config.json asks for "
                 f"{tuple(shape)}."
             )
-        converted.update(zip(names, weights[original].split(sizes)))
-    return converted
 
 
 def state_dict_to_original(weights: Mapping[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
@@ -315,28 +341,73 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
+def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
+    """
+    Local path of a file of a folder or Hub repository, downloaded when needed; None if it has none of that name.
+
+    Raises:
+        OSError: the Hub, or the repository on it, cannot be reached.
+    """
+    source, subfolder = os.path.expanduser(source), hub_kwargs.get("subfolder", "")
+    if os.path.isdir(source):
+        path = os.path.join(source, subfolder, name)
+        return path if os.path.isfile(path) else None
+    hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "proxies"}
+    try:
+        return hf_hub_download(source, name, **hub_kwargs)
+    except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only"):
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+    except ValueError as error:
+        raise OSError(f"{source} is no folder, and not the id of a Hub repository: {error}") from error
+
+
 def find_weight_files(source: str | os.PathLike, **hub_kwargs) -> list[str]:
     """
     Local paths of the weight files of a folder or Hub repository (downloaded when needed), safetensors preferred.
 
     Raises:
         OSError: there is none.
-        ValueError: an index file names a shard outside of its folder.
+        ValueError: an index file is damaged, or names a shard outside of its folder.
     """
-
-    def fetch(name, required=False):
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=required, **hub_kwargs)
-
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if path := fetch(name):
+        if path := find_file(source, name, **hub_kwargs):
             return [path]
-        if index := fetch(index_name):
-            with open(index, encoding="utf-8") as file:
-                shards = sorted(set(json.load(file)["weight_map"].values()))
-            if unsafe := [shard for shard in shards if os.path.basename(shard) != shard]:
-                raise ValueError(f"{index} names shards outside of its folder: {_some(unsafe)}.")
-            return [fetch(shard, required=True) for shard in shards]
+        if index := find_file(source, index_name, **hub_kwargs):
+            return [_find_shard(source, index, shard, hub_kwargs) for shard in _shards(index)]
     raise OSError(f"{source} has no weights: none of {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or their index files.")
+
+
+def _shards(index: str) -> list[str]:
+    try:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        unsafe = [shard for shard in shards if os.path.basename(shard) != shard or shard in ("", ".", "..")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weight files: {type(error).__name__} {error}") from error
+    if unsafe:
+        raise ValueError(f"{index} names shards outside of its folder: {_some(unsafe)}.")
+    if not shards:
+        raise ValueError(f"{index} names no weight file.")
+    return shards
+
+
+def _find_shard(source: str | os.PathLike, index: str, shard: str, hub_kwargs: dict[str, Any]) -> str:
+    path = find_file(source, shard, **hub_kwargs)
+    if path is None:
+        raise OSError(f"{source} has no {shard}, which {index} names.")
+    # The cache of the Hub client is made of links too, into the folder of the repository they are in.
+    folder = os.path.realpath(os.path.dirname(index))
+    cache, _, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
+    target = os.path.dirname(os.path.realpath(path))
+    if target != folder and not (cache and target == os.path.join(cache, "blobs")):
+        raise ValueError(
+            f"{index} names shards outside of its folder: `{shard}` is a link to {os.path.realpath(path)}."
+        )
+    return path
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
