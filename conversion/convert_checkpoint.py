@@ -173,7 +173,7 @@ class Weights(Mapping):
     """
 
     # Pages of a mapped file count as memory until it is closed; this many bytes later it is opened anew.
-    _OPEN_BYTES = 2**25
+    _OPEN_BYTES = 2**23
 
     def __init__(self, source: str):
         self.files, self.shapes, self._stored, self._path = {}, {}, {}, None
