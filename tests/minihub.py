@@ -245,7 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("RevisionNotFound")
         commit_id, files = commit
         if what == "tree":
-            return self._json(self._tree(files, folder, "recursive" in parse_qs(self.path.partition("?")[2])))
+            asked = parse_qs(self.path.partition("?")[2]).get("recursive", ["false"])
+            return self._json(self._tree(files, folder, asked[0].lower() in ("true", "1")))
         siblings = [{"rfilename": path} for path in files]
         described = {"id": repo, "modelId": repo, "sha": commit_id, "private": repo in self.hub.private}
         return self._json({**described, "tags": [], "siblings": siblings})
