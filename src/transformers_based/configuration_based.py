@@ -3,10 +3,12 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .original_format import config_from_original, is_original_config
+from .original_format import LARGEST_SIZE, MOST_LAYERS, config_from_original, is_original_config
 
 
 LAYER_TYPES = ("conv", "linear_attention", "sliding_attention")
@@ -126,6 +128,8 @@ class BasedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._check_positive("hidden_size", "num_attention_heads", "linear_num_heads", "linear_feature_dim")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}; got {self.num_hidden_layers}.")
         if self.layer_types is None:
             linear = tuple(range(1, self.num_hidden_layers - 1, 5))
             self.layer_types = _hybrid(self.num_hidden_layers, linear)
@@ -174,13 +178,17 @@ class BasedConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"`rope_parameters`: unknown rope_type {rope_type!r}.")
         if "sliding_attention" in self.layer_types and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for the rotary embedding; got {self.head_dim}.")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= LARGEST_SIZE:
+                least = "positive" if not getattr(self, name) > 0 else f"at most {LARGEST_SIZE}"
+                raise ValueError(f"`{name}` must be {least}; got {getattr(self, name)}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -192,6 +200,9 @@ class BasedConfig(PreTrainedConfig):
                 f"This is not the config of a Based model: model_type is {config_dict.get('model_type')!r} and there "
                 "are no `alt_mixer` layers. Load it with the class of that model, or AutoModelForCausalLM."
             )
+        for name, wanted in (("id2label", dict), ("label2id", dict), ("dtype", str), ("torch_dtype", str)):
+            if not isinstance(config_dict.get(name), wanted | type(None) | torch.dtype):
+                raise ValueError(f"`{name}` must be a {wanted.__name__}; got {config_dict[name]!r}.")
         return super().from_dict(config_dict, **kwargs)
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from json import JSONDecodeError
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_based import TaylorCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
 from .original_format import (
+    UNREADABLE,
     config_from_original,
     find_weight_files,
     generation_config_values,
@@ -631,13 +633,27 @@ class BasedPreTrainedModel(PreTrainedModel):
         """
         hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
-        config_dict = {}
-        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+        source, config_dict = str(pretrained_model_name_or_path), {}
+        has_config = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
+        if has_config:
             config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         if not is_original_config(config_dict):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            if config is None and has_config and "model_type" not in config_dict:
+                # Of an empty config transformers would build a whole based-360m.
+                raise ValueError(f"The config.json of {source} has no `model_type`.")
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            except OSError:
+                # transformers' own, which name the file.
+                raise
+            except UNREADABLE as error:
+                raise ValueError(f"The weights of {source} are truncated or no checkpoint: {error}") from error
+            except (AttributeError, IndexError, KeyError, JSONDecodeError) as error:
+                if has_config:
+                    # Where the index of the shards is to blame, this says so.
+                    find_weight_files(source, **hub_kwargs)
+                raise ValueError(f"{source} cannot be loaded: {error!r}") from error
 
-        source = str(pretrained_model_name_or_path)
         weights, dropped, files = {}, [], find_weight_files(source, **hub_kwargs)
         for path in files:
             part, junk = strip_names(read_weights(path))

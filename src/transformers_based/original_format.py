@@ -71,10 +71,27 @@ _TAKEN_FOR_GRANTED = {
     "qkv_proj_bias": False,
     "out_proj_bias": False,
 }
+# Every number that is read, by the options it stands in: the least it may be, None for any.
+_NUMBERS = {
+    (): {
+        **dict.fromkeys(("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size"), 1),
+        "pad_vocab_size_multiple": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    ("mixer",): {"kernel_size": 1, "expand_proj": 1},
+    ("alt_mixer",): {"feature_dim": 1, "num_heads": 1},
+    ("alt_mixer", "feature_map"): {"input_dim": 1},
+    ("alt_mixer_2",): {"num_heads": 1, "window_size": 0},
+}
+# A file that asks for more is damaged: it would only fill the memory.
+MOST_LAYERS, LARGEST_SIZE = 4096, 2**31 - 1
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether this is the `config.json` of an original Based checkpoint."""
+    """Whether this is the `config.json` of an original Based checkpoint; raises `ValueError` where it is no object."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"The content of a config.json must be an object, not {str(config)[:100]!r}.")
     return config.get("model_type") != "based" and any(config.get(name) for name in _MIXER_CLASSES)
 
 
@@ -92,18 +109,17 @@ def config_from_original(config: Mapping[str, Any], shapes: Mapping[str, torch.S
     """
     if missing := [name for name in ("n_embd", "n_layer", "n_head", "vocab_size") if name not in config]:
         raise ValueError(f"Original config: lacks {_some(missing)}.")
+    _check_fields(config)
     for name, expected in _TAKEN_FOR_GRANTED.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"Original config: `{name}` is {config[name]!r}, only {expected!r} is supported.")
     for name, expected in _MIXER_CLASSES.items():
-        if not isinstance(config.get(name) or {}, Mapping):
-            raise ValueError(f"Original config: `{name}` must hold the options of a mixer, not {config[name]!r}.")
-        target = (config.get(name) or {}).get("_target_", expected)
+        target = (config.get(name) or {}).get("_target_") or expected
         if target.rsplit(".", 1)[-1] != expected:
             raise ValueError(f"Original config: `{name}` is a {target}, only {expected} is supported.")
     linear, sliding, conv = (config.get(name) or {} for name in ("alt_mixer", "alt_mixer_2", "mixer"))
     feature_map = linear.get("feature_map") or {}
-    if feature_map.get("_target_", "TaylorExp").rsplit(".", 1)[-1] != "TaylorExp":
+    if (feature_map.get("_target_") or "TaylorExp").rsplit(".", 1)[-1] != "TaylorExp":
         raise ValueError(f"Original config: feature map {feature_map['_target_']}, only TaylorExp is supported.")
 
     hidden_size, num_layers = config["n_embd"], config["n_layer"]
@@ -147,6 +163,37 @@ def config_from_original(config: Mapping[str, Any], shapes: Mapping[str, torch.S
         **special_tokens,
     }
     return values if shapes is None else values | _sizes_from_shapes(shapes, values)
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Types and ranges of what `config_from_original` reads."""
+
+    def fail(name, value, wanted):
+        raise ValueError(f"Original config: `{name}` must be {wanted}, not {str(value)[:100]!r}.")
+
+    for path, numbers in _NUMBERS.items():
+        options = config
+        for name in path:
+            options = options.get(name) or {}
+            if not isinstance(options, Mapping):
+                fail(name, options, "the options of a mixer")
+        if not isinstance(options.get("_target_") or "", str):
+            fail(".".join((*path, "_target_")), options["_target_"], "a name")
+        for name, least in numbers.items():
+            value = options.get(name, 1)
+            largest = MOST_LAYERS if name == "n_layer" else LARGEST_SIZE
+            if name == "n_inner" and value is None:
+                continue
+            if type(value) is not int or not -LARGEST_SIZE <= value <= largest or value < (least or value):
+                fail(".".join((*path, name)), value, "a number" if least is None else f"from {least} to {largest}")
+    for name in ("layer_norm_epsilon", "rotary_emb_base"):
+        value = config.get(name, 1)
+        if type(value) not in (int, float) or not 0 < value <= LARGEST_SIZE:
+            fail(name, value, "a positive number")
+    for name in ("alt_mixer_layers", "alt_mixer_2_layers"):
+        value = config.get(name) or []
+        if not isinstance(value, list | tuple) or not all(type(layer) is int for layer in value):
+            fail(name, value, "a list of layers")
 
 
 def _sizes_from_shapes(shapes: Mapping[str, torch.Size], values: dict[str, Any]) -> dict[str, int]:
@@ -410,6 +457,10 @@ def _find_shard(source: str | os.PathLike, index: str, shard: str, hub_kwargs: d
     return path
 
 
+# What the readers of weights raise for a damaged file.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError)
+
+
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     The tensors of one `.safetensors` or `.bin` file, memory-mapped where the format allows. Pickles are read with
@@ -427,7 +478,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is no plain file of tensors (it may hold code), so it is not read: {error}"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (*UNREADABLE, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(f"{path} cannot be read; truncated, or not a checkpoint: {error}") from error
     if not isinstance(state_dict, dict) or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         raise ValueError(f"{path} holds something other than named tensors.")
