@@ -103,14 +103,14 @@ def converted(model, tmp_path_factory):
     return folder
 
 
-@fuzz(700)
+@fuzz(1000)
 @given(changes(CONFIG.to_dict()))
 def test_config(changes):
     config = changed(CONFIG.to_dict(), changes)
     ends_well(lambda: BasedConfig.from_dict(config))
 
 
-@fuzz(700)
+@fuzz(1000)
 @given(changes(ORIGINAL))
 def test_original_config(changes):
     config = changed(ORIGINAL, changes)
@@ -122,7 +122,7 @@ def test_config_with_weights(layout, request, tmp_path_factory):
     folder = shutil.copytree(request.getfixturevalue(layout), tmp_path_factory.mktemp("fuzz") / "model")
     base = json.loads((folder / "config.json").read_text())
 
-    @fuzz(200)
+    @fuzz(300)
     @given(changes(base))
     def run(changes):
         (folder / "config.json").write_text(json.dumps(changed(base, changes)))
@@ -201,7 +201,24 @@ def test_bytes_of_weights(layout, request, tmp_path_factory):
     run()
 
 
-def test_a_failed_save_of_a_failed_load_writes_nothing(original, tmp_path):
+@pytest.mark.parametrize("layout", ["original", "converted"])
+@pytest.mark.parametrize("size", [5_000_000, 2**31 - 1, 10**18])
+def test_a_config_that_asks_for_more_than_the_files_hold(layout, size, request, tmp_path):
+    """Every size, one by one; the memory for it is not even asked for."""
+    folder = shutil.copytree(request.getfixturevalue(layout), tmp_path / "model")
+    base = json.loads((folder / "config.json").read_text())
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim linear_num_heads"
+    names = [*sizes.split(), "linear_feature_dim", "conv_kernel_size", "n_embd", "n_layer"]
+    for name in base.keys() & set(names):
+        (folder / "config.json").write_text(json.dumps({**base, name: size}))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(NAMED, match=f"{name}|head_dim|asks for|lacks|shape"):
+            BasedForCausalLM.from_pretrained(folder)
+        # KiB: what reading and importing take.
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, name
+
+
+def test_a_damaged_file_stays_as_it_was(original, tmp_path):
     """Nothing is written while loading: the folder holds the same files, the same bytes."""
     folder = shutil.copytree(original, tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:5000])

@@ -33,7 +33,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    TransformersKwargs,
+    auto_docstring,
+    cached_file,
+    can_return_tuple,
+    logging,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -628,8 +635,9 @@ class BasedPreTrainedModel(PreTrainedModel):
         As everywhere in transformers; a folder or Hub repository in the original layout loads as well.
 
         Raises:
-            ValueError: an original checkpoint that is truncated, incomplete, or does not fit its config; the message
-                names file and key.
+            ValueError: a checkpoint that is truncated, or an original one that is incomplete or not for its config; a
+                config that is damaged, or asks for far more weights than the files hold. The message says which file
+                or field.
         """
         hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
@@ -638,9 +646,13 @@ class BasedPreTrainedModel(PreTrainedModel):
         if has_config:
             config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         if not is_original_config(config_dict):
-            if config is None and has_config and "model_type" not in config_dict:
-                # Of an empty config transformers would build a whole based-360m.
-                raise ValueError(f"The config.json of {source} has no `model_type`.")
+            if has_config and config is None and "model_type" not in config_dict:
+                # A folder of adapters has no config. Of an empty one transformers would build a whole based-360m.
+                if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+                    raise ValueError(f"The config.json of {source} has no `model_type`.")
+            elif has_config and not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+                given = isinstance(config, PreTrainedConfig)
+                _check_size(source, config if given else BasedConfig.from_dict(dict(config_dict)), hub_kwargs)
             try:
                 return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             except OSError:
@@ -649,9 +661,6 @@ class BasedPreTrainedModel(PreTrainedModel):
             except UNREADABLE as error:
                 raise ValueError(f"The weights of {source} are truncated or no checkpoint: {error}") from error
             except (AttributeError, IndexError, KeyError, JSONDecodeError) as error:
-                if has_config:
-                    # Where the index of the shards is to blame, this says so.
-                    find_weight_files(source, **hub_kwargs)
                 raise ValueError(f"{source} cannot be loaded: {error!r}") from error
 
         weights, dropped, files = {}, [], find_weight_files(source, **hub_kwargs)
@@ -689,6 +698,32 @@ class BasedPreTrainedModel(PreTrainedModel):
                 **{auto: f"modeling_based.{model_class.__name__}" for auto, model_class in AUTO_CLASSES.items()},
             }
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _check_size(source: str, config: BasedConfig, hub_kwargs: dict) -> None:
+    """
+    Refuses a config that asks for far more weights than the files hold (four a byte): transformers makes room for
+    weights that are missing or of another size before it complains, and a damaged config could ask for any number.
+    """
+    try:
+        files = find_weight_files(source, **hub_kwargs)
+    except OSError:
+        # transformers knows more names of files, and says which it misses.
+        return
+    attention = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    linear = config.linear_num_heads * (config.linear_feature_dim + config.linear_head_dim)
+    columns = {
+        "conv": 3 * config.conv_intermediate_size,
+        "linear_attention": 2 * linear,
+        "sliding_attention": 2 * attention,
+    }
+    rows = config.vocab_size + sum(3 * config.intermediate_size + columns[kind] for kind in config.layer_types)
+    kernels = config.layer_types.count("conv") * config.conv_intermediate_size * config.conv_kernel_size
+    weights, size = config.hidden_size * rows + kernels, sum(os.path.getsize(path) for path in files)
+    if weights > 4 * size + 2**24:
+        raise ValueError(
+            f"The config of {source} asks for {weights:,} weights, its files hold {size:,} bytes: {files[0]} ..."
+        )
 
 
 def _weight_shapes(config: BasedConfig) -> dict[str, torch.Size]:

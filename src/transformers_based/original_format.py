@@ -200,6 +200,10 @@ def _sizes_from_shapes(shapes: Mapping[str, torch.Size], values: dict[str, Any])
     sizes = {}
     if shape := shapes.get("transformer.embeddings.word_embeddings.weight"):
         sizes["vocab_size"] = shape[0]
+        if values["unpadded_vocab_size"] > shape[0]:
+            raise ValueError(
+                f"Original config: `vocab_size` is {values['unpadded_vocab_size']}, the embedding has {shape[0]} rows."
+            )
     for i, layer_type in enumerate(values["layer_types"]):
         layer = f"transformer.layers.{i}."
         if shape := shapes.get(layer + "mlp.fc2.weight"):
