@@ -604,6 +604,10 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
+# Each asks `from_pretrained` for other weights than those in the usual files.
+OPTIONS_FOR_OTHER_WEIGHTS = ("ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant")
+
+
 @auto_docstring
 class BasedPreTrainedModel(PreTrainedModel):
     config: BasedConfig
@@ -650,7 +654,10 @@ class BasedPreTrainedModel(PreTrainedModel):
                 # A folder of adapters has no config. Of an empty one transformers would build a whole based-360m.
                 if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
                     raise ValueError(f"The config.json of {source} has no `model_type`.")
-            elif has_config and not kwargs.get("ignore_mismatched_sizes") and kwargs.get("state_dict") is None:
+            elif has_config and not {"ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant"} & set(
+                kwargs
+            ):
+                # Each of these options asks for other weights than those in the usual files.
                 given = isinstance(config, PreTrainedConfig)
                 _check_size(source, config if given else BasedConfig.from_dict(dict(config_dict)), hub_kwargs)
             try:
