@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from families import FAMILIES, Family, Half, family_of
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from model_card import licence_of, model_card
 from safetensors import SafetensorError
@@ -324,9 +324,12 @@ def _add_tokenizer(folder: Path, vocab_size: int) -> str:
         print(f"no tokenizer added: a vocabulary of {vocab_size} is not the one of {TOKENIZER}", file=sys.stderr)
         return "none"
     try:
-        for name in TOKENIZER_FILES:
-            path = hf_hub_download(TOKENIZER, name, etag_timeout=5)
-        AutoTokenizer.from_pretrained(Path(path).parent).save_pretrained(folder)
+        paths = [try_to_load_from_cache(TOKENIZER, name) for name in TOKENIZER_FILES]
+        if not all(isinstance(path, str) for path in paths):
+            # One request that gives up soon: downloads try for minutes to reach what cannot be reached.
+            HfApi().model_info(TOKENIZER, timeout=5)
+            paths = [hf_hub_download(TOKENIZER, name) for name in TOKENIZER_FILES]
+        AutoTokenizer.from_pretrained(Path(paths[0]).parent).save_pretrained(folder)
     except Exception as error:
         # The weights are good without it, whatever kept it away.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
