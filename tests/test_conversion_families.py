@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from minihub import MiniHub
 from programs import ROOT, load_program, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, MambaForCausalLM, Phi3ForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MambaForCausalLM, Phi3ForCausalLM
 
 from transformers_based import BasedForCausalLM
 
@@ -372,3 +374,58 @@ def test_published_numbers_are_those_of_the_kind_and_size():
     assert "| attn-360m | 57.9 | 56.3 | 27.9 |" in card.model_card(family="attn", parameters=360_000_000, **values)
     assert "| mamba-1b | 11.1 | 28.4 | 29.4 |" in card.model_card(family="mamba", parameters=1_300_000_000, **values)
     assert "no released checkpoint" in card.model_card(family="based", parameters=10**6, **values)
+
+
+def test_weights_are_downloaded_once(tmp_path):
+    folder = tmp_path / "original"
+    shutil.copytree(REFERENCE / "attn-tiny", folder)
+    save_file({name: tensor.clone() for name, tensor in read(folder).items()}, folder / "model.safetensors")
+    command = ("conversion/convert_checkpoint.py", "lab/original", tmp_path / "output", "--verify")
+    with MiniHub() as hub:
+        hub.add("lab/original", folder)
+        run_python(*command, **hub.environment(tmp_path / "cache"))
+        downloads = [request for request in hub.requests if request.startswith("GET")]
+        assert sum("model.safetensors" in request for request in downloads) == 1
+        assert not any("pytorch_model.bin" in request for request in hub.requests)
+    assert "base_model: lab/original" in (tmp_path / "output" / "README.md").read_text()
+
+
+def _with_vocabulary_of_gpt2(folder):
+    """A copy of the small attention baseline whose embedding has a row for each token of GPT-2."""
+    folder.mkdir()
+    config = json.loads((REFERENCE / "attn-tiny" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 50257}))
+    weights = read(REFERENCE / "attn-tiny")
+    del weights["model.lm_head.weight"]
+    weights["model.transformer.embeddings.word_embeddings.weight"] = torch.ones(50272, 64)
+    write(folder, weights)
+    return folder
+
+
+def test_tokenizer_goes_along(tmp_path):
+    """A small stand-in is on the Hub under the name of GPT-2's."""
+    source, tokenizer = _with_vocabulary_of_gpt2(tmp_path / "original"), tmp_path / "gpt2"
+    tokenizer.mkdir()
+    model = models.BPE({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, [("a", "b")])
+    Tokenizer(model).save(str(tokenizer / "tokenizer.json"))
+    model.save(str(tokenizer))
+    (tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with MiniHub() as hub:
+        hub.add("openai-community/gpt2", tokenizer)
+        command = ("conversion/convert_checkpoint.py", source, tmp_path / "output")
+        run_python(*command, **hub.environment(tmp_path / "cache"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "output")("abab")["input_ids"] == [2, 2]
+    assert "| Tokenizer | `openai-community/gpt2` |" in (tmp_path / "output" / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "output").generation_config.suppress_tokens[0] == 50257
+
+
+@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0"}])
+def test_no_tokenizer_without_a_hub(tmp_path, variables):
+    """Offline by choice, or at an address where nobody answers."""
+    with MiniHub() as hub:
+        variables = hub.environment(tmp_path / "cache") | variables
+    source = _with_vocabulary_of_gpt2(tmp_path / "original")
+    process = run_python("conversion/convert_checkpoint.py", source, tmp_path / "output", **variables)
+    assert "no tokenizer added: openai-community/gpt2 cannot be reached" in process.stderr
+    assert not list((tmp_path / "output").glob("tokenizer*"))
+    assert "not included" in (tmp_path / "output" / "README.md").read_text()
