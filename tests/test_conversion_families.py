@@ -5,6 +5,8 @@ import itertools
 import json
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -429,3 +431,50 @@ def test_no_tokenizer_without_a_hub(tmp_path, variables):
     assert "no tokenizer added: openai-community/gpt2 cannot be reached" in process.stderr
     assert not list((tmp_path / "output").glob("tokenizer*"))
     assert "not included" in (tmp_path / "output" / "README.md").read_text()
+
+
+def test_interrupted_download_goes_on_where_it_stopped(tmp_path):
+    """The connection breaks in the middle of the weights; the next request asks for the rest only."""
+    folder = _with_vocabulary_of_gpt2(tmp_path / "original")
+    edit_config(folder, vocab_size=90_000)
+    # The Hub client keeps what it has in steps of 10 MiB.
+    embedding = {"model.transformer.embeddings.word_embeddings.weight": torch.ones(90_000, 64)}
+    write(folder, read(folder) | embedding)
+    half, ranges = (folder / "pytorch_model.bin").stat().st_size // 2, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            path = folder / name
+            body = path.read_bytes() if path.exists() else b""
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            self.send_response(404 if not body else 206 if start else 200)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("Content-Length", str(len(body) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.end_headers()
+            if self.command == "GET" and name == "pytorch_model.bin":
+                ranges.append(start)
+                body = body if start else body[:half]
+            if self.command == "GET":
+                self.wfile.write(body[start:])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    variables = MiniHub().environment(tmp_path / "cache")
+    variables["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_address[1]}"
+    run_python("conversion/convert_checkpoint.py", "lab/original", tmp_path / "output", **variables)
+    server.shutdown()
+    server.server_close()
+    assert len(ranges) == 2
+    assert ranges[0] == 0
+    assert 0 < ranges[1] <= half
+    assert (tmp_path / "output" / "model.safetensors").exists()

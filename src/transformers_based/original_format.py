@@ -414,6 +414,11 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
         return None
     except ValueError as error:
         raise OSError(f"{source} is no folder, and not the id of a Hub repository: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        # The errors of the Hub client's HTTP library, which differs between versions.
+        raise OSError(f"{source}: {name} cannot be downloaded: {error}") from error
 
 
 def find_weight_files(source: str | os.PathLike, **hub_kwargs) -> list[str]:
