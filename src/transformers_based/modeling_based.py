@@ -37,7 +37,6 @@ from transformers.utils import (
     CONFIG_NAME,
     TransformersKwargs,
     auto_docstring,
-    cached_file,
     can_return_tuple,
     logging,
 )
@@ -49,6 +48,7 @@ from .configuration_based import BasedConfig
 from .original_format import (
     UNREADABLE,
     config_from_original,
+    find_file,
     find_weight_files,
     generation_config_values,
     is_original_config,
@@ -652,7 +652,7 @@ class BasedPreTrainedModel(PreTrainedModel):
         if not is_original_config(config_dict):
             if has_config and config is None and "model_type" not in config_dict:
                 # A folder of adapters has no config. Of an empty one transformers would build a whole based-360m.
-                if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+                if find_file(source, CONFIG_NAME, **hub_kwargs):
                     raise ValueError(f"The config.json of {source} has no `model_type`.")
             elif has_config and not {"ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant"} & set(
                 kwargs
