@@ -94,6 +94,21 @@ def tiny_model(tiny_config):
     return make
 
 
+@pytest.fixture
+def fails(request, tmp_path, capfd):
+    """Runs the module's `converter`, checks that it fails with one line and leaves nothing behind; gives that line."""
+
+    def run(source, *options):
+        before = sorted(tmp_path.rglob("*"))
+        assert request.module.converter.main([str(source), str(tmp_path / "new" / "output"), *options]) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        *_, last = capfd.readouterr().err.strip().splitlines()
+        assert last.startswith(f"cannot convert {source}: ")
+        return last
+
+    return run
+
+
 class TensorLog(TorchDispatchMode):
     """
     Sees every tensor operation in its block: `largest` is the number of elements in the largest storage that came out,

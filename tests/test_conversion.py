@@ -43,21 +43,6 @@ def converted(based_tiny_path, tmp_path):
     return converter.convert(str(based_tiny_path), tmp_path / "converted")
 
 
-@pytest.fixture
-def fails(tmp_path, capfd):
-    """Runs the converter, checks that it fails with one line and leaves nothing behind, and returns that line."""
-
-    def run(source, *options):
-        before = sorted(tmp_path.rglob("*"))
-        assert converter.main([str(source), str(tmp_path / "new" / "output"), *options]) == 1
-        assert sorted(tmp_path.rglob("*")) == before
-        *_, last = capfd.readouterr().err.strip().splitlines()
-        assert last.startswith(f"cannot convert {source}: ")
-        return last
-
-    return run
-
-
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 

@@ -46,21 +46,6 @@ def original(kind, tmp_path):
     return folder
 
 
-@pytest.fixture
-def fails(tmp_path, capfd):
-    """Runs the converter, checks that it fails with one line and leaves nothing behind, and returns that line."""
-
-    def run(source, *options):
-        before = sorted(tmp_path.rglob("*"))
-        assert converter.main([str(source), str(tmp_path / "new" / "output"), *options]) == 1
-        assert sorted(tmp_path.rglob("*")) == before
-        *_, last = capfd.readouterr().err.strip().splitlines()
-        assert last.startswith(f"cannot convert {source}: ")
-        return last
-
-    return run
-
-
 def read(folder):
     return torch.load(folder / "pytorch_model.bin", weights_only=True)
 
