@@ -61,7 +61,13 @@ def compiled(key=None, repr=None, fn=None, compile=None, is_manual_warmup=None, 
 def main():
     driver.set_active(NoGpu())
     knobs.runtime.jit_post_compile_hook = compiled
-    from based_kernels import checks, taylor_attention, taylor_attention_chunk, taylor_attention_step
+    from based_kernels import (
+        checks,
+        gated_short_conv_step,
+        taylor_attention,
+        taylor_attention_chunk,
+        taylor_attention_step,
+    )
 
     # CPU tensors pass, the kernels are those of a GPU, and documents are cut
     checks.interpreted = lambda: True
@@ -80,7 +86,11 @@ def main():
         total = output.float().sum() + (final.sum() if final is not None else 0)
         torch.autograd.grad(total, [query, key, value] + [state] * bool(options))
     token = [x[:, :1].detach() for x in (query, key, value)]
-    taylor_attention_step(*token, state[:1].detach().clone(), mask=torch.ones(1, 1))
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    taylor_attention_step(*token, state[:1].detach().clone(), mask=mask)
+    for K in (2, 8):
+        projected, weight = torch.zeros(1, 1, 48, dtype=DTYPE), torch.zeros(24, K, dtype=DTYPE)
+        gated_short_conv_step(projected, weight, torch.zeros(1, K - 1, 24, dtype=DTYPE), mask=mask)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Triton kernels of Based: Taylor linear attention for whole sequences and for one decoding step.
+"""Triton kernels of Based: Taylor linear attention for whole sequences, and a decoding step of every mixer.
 
 Importing works everywhere; on a machine without Triton the ops raise an ImportError when they are called.
 """
 
 try:
+    from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
     from .taylor_attention_chunk import taylor_attention
     from .taylor_attention_step import taylor_attention_step
@@ -24,6 +25,7 @@ except ImportError as error:
         op.__name__ = op.__qualname__ = name
         return op
 
+    gated_short_conv_step = _unavailable("gated_short_conv_step")
     taylor_attention = _unavailable("taylor_attention")
     taylor_attention_step = _unavailable("taylor_attention_step")
     TaylorAttention = _unavailable("TaylorAttention")
@@ -34,4 +36,10 @@ def is_available() -> bool:
     return _missing is None
 
 
-__all__ = ["TaylorAttention", "is_available", "taylor_attention", "taylor_attention_step"]
+__all__ = [
+    "TaylorAttention",
+    "gated_short_conv_step",
+    "is_available",
+    "taylor_attention",
+    "taylor_attention_step",
+]

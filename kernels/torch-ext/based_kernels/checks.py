@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""What fits and what does not, said by name; and the facts about sizes that both ops share. No check reads the GPU."""
+"""What fits and what does not, said by name; and the facts about sizes that the ops share. No check reads the GPU."""
 
 import contextlib
 import itertools
@@ -10,6 +10,7 @@ import torch
 
 MAX_FEATURE_DIM = 32
 MAX_HEAD_DIM = 256
+CONV_KERNELS = range(2, 9)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,6 +42,12 @@ def vector_rows(x):
         # a row step of 2^24 elements would overflow the 32-bit offsets inside a chunk
         fits = fits and (size == 1 or (stride % 8 == 0 and (stride < 2**24 or stride != x.stride(1))))
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def common_unit(*numbers):
+    """8 if it divides all these sizes and strides, else 1: strides counted in eights allow 16-byte accesses without a
+    compilation per layout."""
+    return 8 if all(number % 8 == 0 for number in numbers) else 1
 
 
 def check_sequence_inputs(query, key, value, scale, mask, cu_seqlens, initial_state):
@@ -87,6 +94,62 @@ def check_step_inputs(query, key, value, state, scale, mask):
     return _check_scale(scale, D)
 
 
+def check_conv_step_inputs(projected, weight, state, mask):
+    """Raises on what `gated_short_conv_step` cannot take."""
+    _refuse_gradients(projected=projected, weight=weight, state=state)
+    _check_floats("projected", projected)
+    _check_runs_here("projected", projected)
+    if projected.dim() != 3 or projected.shape[2] % 2 or 0 in projected.shape:
+        raise ValueError(f"projected: got shape {tuple(projected.shape)}, [batch, 1, 2 * channels] fits")
+    B, T, C = projected.shape[0], projected.shape[1], projected.shape[2] // 2
+    if T != 1:
+        raise ValueError(f"projected: got {T} tokens, a step takes exactly 1")
+    _check_floats("weight", weight)
+    if weight.dim() != 2 or weight.shape[0] != C or weight.shape[1] not in CONV_KERNELS:
+        sizes = f"K from {CONV_KERNELS[0]} to {CONV_KERNELS[-1]}"
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, [{C}, K] with {sizes} fits")
+    _check_device("weight", weight, projected, "projected")
+    _check_in_place("state", state, projected, "projected", (B, weight.shape[1] - 1, C))
+    if state.stride(2) != 1:
+        raise ValueError(
+            f"state: got strides {state.stride()}, a contiguous last dimension fits: it is updated in place"
+        )
+    if mask is not None:
+        _check_mask(mask, projected, (B, 1), "projected")
+
+
+def _refuse_gradients(**tensors):
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                raise ValueError(f"{name}: got a tensor that requires gradients, torch.no_grad() fits: forward only")
+
+
+def _check_floats(name, x, dtypes=DTYPES):
+    names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, a tensor fits: {names}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {x.dtype}, {names} fits")
+
+
+def _check_runs_here(name, x):
+    if x.device.type == "cpu" and not interpreted():
+        raise ValueError(f"{name}: got a tensor on the CPU, a CUDA tensor fits (or set TRITON_INTERPRET=1 for tests)")
+
+
+def _check_in_place(name, x, like, like_name, shape, dtype=None):
+    """x is written: it cannot be copied into another layout, and no two rows may share memory."""
+    _check_floats(name, x, (dtype or like.dtype,))
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, {list(shape)} fits")
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(
+            f"{name}: got strides {x.stride()}, a row of its own for each sequence fits: it is updated in place"
+        )
+    _check_device(name, x, like, like_name)
+
+
 def _check_qkv(query, key, value):
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, torch.Tensor):
@@ -99,8 +162,7 @@ def _check_qkv(query, key, value):
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: got {x.dtype}, the dtype of query fits: {query.dtype}")
         _check_device(name, x, query)
-    if query.device.type == "cpu" and not interpreted():
-        raise ValueError("query: got a tensor on the CPU, a CUDA tensor fits (or set TRITON_INTERPRET=1 for tests)")
+    _check_runs_here("query", query)
     B, T, H, D = query.shape
     if key.shape != query.shape:
         raise ValueError(f"key: got shape {tuple(key.shape)}, the shape of query fits: {tuple(query.shape)}")
@@ -116,17 +178,17 @@ def _check_qkv(query, key, value):
     return B, T, H, D, V
 
 
-def _check_device(name, x, query):
-    if x.device != query.device:
-        raise ValueError(f"{name}: got device {x.device}, the device of query fits: {query.device}")
+def _check_device(name, x, like, like_name="query"):
+    if x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, the device of {like_name} fits: {like.device}")
 
 
-def _check_mask(mask, query, shape):
+def _check_mask(mask, like, shape, like_name="query"):
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, a tensor of bool or 0/1 fits")
     if tuple(mask.shape) != shape:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, {list(shape)} fits")
-    _check_device("mask", mask, query)
+    _check_device("mask", mask, like, like_name)
 
 
 def _check_state(name, state, query, shape):
