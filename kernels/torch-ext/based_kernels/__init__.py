@@ -7,6 +7,7 @@ Importing works everywhere; on a machine without Triton the ops raise an ImportE
 try:
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
+    from .rms_norm import rms_norm
     from .taylor_attention_chunk import taylor_attention
     from .taylor_attention_step import taylor_attention_step
 
@@ -26,6 +27,7 @@ except ImportError as error:
         return op
 
     gated_short_conv_step = _unavailable("gated_short_conv_step")
+    rms_norm = _unavailable("rms_norm")
     taylor_attention = _unavailable("taylor_attention")
     taylor_attention_step = _unavailable("taylor_attention_step")
     TaylorAttention = _unavailable("TaylorAttention")
@@ -40,6 +42,7 @@ __all__ = [
     "TaylorAttention",
     "gated_short_conv_step",
     "is_available",
+    "rms_norm",
     "taylor_attention",
     "taylor_attention_step",
 ]

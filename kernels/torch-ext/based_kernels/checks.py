@@ -10,6 +10,7 @@ import torch
 
 MAX_FEATURE_DIM = 32
 MAX_HEAD_DIM = 256
+MAX_NORM_DIM = 16384
 CONV_KERNELS = range(2, 9)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,6 +43,11 @@ def vector_rows(x):
         # a row step of 2^24 elements would overflow the 32-bit offsets inside a chunk
         fits = fits and (size == 1 or (stride % 8 == 0 and (stride < 2**24 or stride != x.stride(1))))
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def rows_of(x):
+    """x as [N, C] with a contiguous last dimension: a view where there is one, a copy elsewhere."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
 
 
 def common_unit(*numbers):
@@ -116,6 +122,32 @@ def check_conv_step_inputs(projected, weight, state, mask):
         )
     if mask is not None:
         _check_mask(mask, projected, (B, 1), "projected")
+
+
+def check_rms_norm_inputs(hidden_states, weight, eps, residual):
+    """Raises on what `rms_norm` cannot take."""
+    _refuse_gradients(hidden_states=hidden_states, weight=weight, residual=residual)
+    _check_floats("hidden_states", hidden_states)
+    _check_runs_here("hidden_states", hidden_states)
+    if hidden_states.dim() < 1 or 0 in hidden_states.shape or hidden_states.shape[-1] > MAX_NORM_DIM:
+        got = tuple(hidden_states.shape)
+        raise ValueError(f"hidden_states: got shape {got}, [.., C] with C up to {MAX_NORM_DIM} fits")
+    _check_floats("weight", weight)
+    if weight.shape != hidden_states.shape[-1:]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, [{hidden_states.shape[-1]}] fits")
+    _check_device("weight", weight, hidden_states, "hidden_states")
+    if isinstance(eps, torch.Tensor) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: got {type(eps).__name__}, a Python number fits")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: got {eps}, a number >= 0 fits")
+    if residual is not None:
+        _check_floats("residual", residual, (torch.float32, hidden_states.dtype))
+        if residual.shape != hidden_states.shape:
+            got = tuple(residual.shape)
+            raise ValueError(
+                f"residual: got shape {got}, the shape of hidden_states fits: {tuple(hidden_states.shape)}"
+            )
+        _check_device("residual", residual, hidden_states, "hidden_states")
 
 
 def _refuse_gradients(**tensors):
