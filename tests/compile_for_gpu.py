@@ -65,6 +65,7 @@ def main():
         checks,
         gated_short_conv_step,
         rms_norm,
+        swiglu,
         taylor_attention,
         taylor_attention_chunk,
         taylor_attention_step,
@@ -92,6 +93,7 @@ def main():
     for K in (2, 8):
         projected, weight = torch.zeros(1, 1, 48, dtype=DTYPE), torch.zeros(24, K, dtype=DTYPE)
         gated_short_conv_step(projected, weight, torch.zeros(1, K - 1, 24, dtype=DTYPE), mask=mask)
+    swiglu(*projected.chunk(2, dim=-1))
     for C in (24, 16384):
         hidden_states, weight = torch.zeros(1, C, dtype=DTYPE), torch.ones(C, dtype=DTYPE)
         rms_norm(hidden_states, weight, 1e-5, residual=hidden_states.float())

@@ -8,6 +8,7 @@ try:
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
     from .rms_norm import rms_norm
+    from .swiglu import swiglu
     from .taylor_attention_chunk import taylor_attention
     from .taylor_attention_step import taylor_attention_step
 
@@ -28,6 +29,7 @@ except ImportError as error:
 
     gated_short_conv_step = _unavailable("gated_short_conv_step")
     rms_norm = _unavailable("rms_norm")
+    swiglu = _unavailable("swiglu")
     taylor_attention = _unavailable("taylor_attention")
     taylor_attention_step = _unavailable("taylor_attention_step")
     TaylorAttention = _unavailable("TaylorAttention")
@@ -43,6 +45,7 @@ __all__ = [
     "gated_short_conv_step",
     "is_available",
     "rms_norm",
+    "swiglu",
     "taylor_attention",
     "taylor_attention_step",
 ]

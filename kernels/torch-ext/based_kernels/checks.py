@@ -150,6 +150,19 @@ def check_rms_norm_inputs(hidden_states, weight, eps, residual):
         _check_device("residual", residual, hidden_states, "hidden_states")
 
 
+def check_swiglu_inputs(gate, up):
+    """Raises on what `swiglu` cannot take."""
+    _refuse_gradients(gate=gate, up=up)
+    _check_floats("gate", gate)
+    _check_runs_here("gate", gate)
+    if gate.dim() < 1 or 0 in gate.shape:
+        raise ValueError(f"gate: got shape {tuple(gate.shape)}, [.., C] with at least one row and one value fits")
+    _check_floats("up", up, (gate.dtype,))
+    if up.shape != gate.shape:
+        raise ValueError(f"up: got shape {tuple(up.shape)}, the shape of gate fits: {tuple(gate.shape)}")
+    _check_device("up", up, gate, "gate")
+
+
 def _refuse_gradients(**tensors):
     if torch.is_grad_enabled():
         for name, x in tensors.items():
