@@ -68,6 +68,7 @@ def main():
         swiglu,
         taylor_attention,
         taylor_attention_chunk,
+        taylor_attention_lazy_step,
         taylor_attention_step,
     )
 
@@ -97,6 +98,9 @@ def main():
     for C in (24, 16384):
         hidden_states, weight = torch.zeros(1, C, dtype=DTYPE), torch.ones(C, dtype=DTYPE)
         rms_norm(hidden_states, weight, 1e-5, residual=hidden_states.float())
+    pending = [torch.zeros(1, 2, 64, size).to(DTYPE) for size in (FEATURE_DIM, HEAD_DIM)]
+    num_pending = torch.zeros(1, 2, dtype=torch.int32)
+    taylor_attention_lazy_step(*token, state[:1].detach().clone(), *pending, num_pending, mask=mask)
 
 
 if __name__ == "__main__":

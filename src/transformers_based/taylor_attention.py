@@ -32,6 +32,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 # Tokens handled at once by the chunked form: weights pair by pair within a chunk, through the state between chunks. 128
 # balances the two for the released models (examples/benchmark_cpu.py).
 CHUNK_SIZE = 128
+# How many tokens the lazy step may keep beside the state.
+PENDING_SIZES = (16, 32, 64)
 BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
 
 
@@ -191,6 +193,77 @@ def torch_taylor_attention_step(
     return output
 
 
+@torch.no_grad()
+def torch_taylor_attention_lazy_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: torch.Tensor,
+    pending_keys: torch.Tensor,
+    pending_values: torch.Tensor,
+    num_pending: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`taylor_attention_lazy_step` in plain PyTorch: exact weights for the pending tokens, the state for the others."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    size, dtype = pending_keys.shape[2], state.dtype
+    query, key, value = (x.transpose(1, 2) for x in _hide(mask, query, key, value))  # [B, H, 1, *]
+    slots = torch.arange(size, device=query.device)
+    count = num_pending[..., None]  # [B, H, 1]
+    is_new = slots == count
+    if mask is not None:
+        is_new = is_new & mask[:, :, None].bool()
+    pending_keys.copy_(torch.where(is_new[..., None], key, pending_keys))
+    pending_values.copy_(torch.where(is_new[..., None], value, pending_values))
+    visible = ((slots < count) | is_new)[..., None]  # [B, H, N, 1]
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        query = query.to(dtype)
+        keys = pending_keys.masked_fill(~visible, 0).to(dtype)
+        values = torch.cat([pending_values.masked_fill(~visible, 0).to(dtype), visible.to(dtype)], dim=-1)
+        scores = (query @ keys.transpose(-1, -2)) * scale
+        extended = (1 + scores * (1 + 0.5 * scores)) @ values  # [B, H, 1, V + 1]
+        extended = extended + (state @ _features(query, scale, is_query=True)).transpose(-1, -2)
+    num_pending.add_(is_new.any(-1))
+    is_full = num_pending == size
+    # A look at the numbers saves nearly all of the work; on a GPU it would wait, and no graph can be captured with it.
+    if state.device.type != "cpu" or torch.compiler.is_compiling() or is_full.any():
+        _fold(state, pending_keys, pending_values, is_full[..., None].expand(-1, -1, size), scale)
+        num_pending.masked_fill_(is_full, 0)
+    (output,) = _hide(mask, _normalise(extended).transpose(1, 2).to(value.dtype))
+    return output
+
+
+@torch.no_grad()
+def fold_pending(
+    state: torch.Tensor,
+    pending_keys: torch.Tensor,
+    pending_values: torch.Tensor,
+    num_pending: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> None:
+    """
+    Adds the pending tokens of `taylor_attention_lazy_step` to `state` and sets `num_pending` to 0, in place: `state` is
+    then that of every token, as `taylor_attention` takes it. Never waits for a GPU.
+
+    Args: as in `taylor_attention_lazy_step`, `scale` the one that was given to it.
+    """
+    scale = pending_keys.shape[-1] ** -0.5 if scale is None else scale
+    slots = torch.arange(pending_keys.shape[2], device=state.device)
+    _fold(state, pending_keys, pending_values, slots < num_pending[..., None], scale)
+    num_pending.zero_()
+
+
+def _fold(state, keys, values, exists, scale: float):
+    """Adds the tokens `keys` [B, H, N, D], `values` [B, H, N, V] that exist [B, H, N] to the state, in place."""
+    exists = exists[..., None]
+    keys, values = (x.masked_fill(~exists, 0).to(state.dtype) for x in (keys, values))
+    with torch.autocast(device_type=state.device.type, enabled=False):
+        state.add_(_advance(None, keys, torch.cat([values, exists.to(state.dtype)], dim=-1), scale))
+
+
 def taylor_state(
     state: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -288,6 +361,66 @@ def taylor_attention_step(
         mask = mask != 0
     op = torch_taylor_attention_step if _backend(query, value) == "torch" else based_kernels.taylor_attention_step
     return op(query, key, value, state, scale=scale, mask=mask)
+
+
+def taylor_attention_lazy_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: torch.Tensor,
+    pending_keys: torch.Tensor,
+    pending_values: torch.Tensor,
+    num_pending: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `taylor_attention_step` for which the last tokens wait beside the state: the same function of the same tokens, the
+    state read once a step and written once in N steps. Returns the output `[B, 1, H, V]`; no gradients.
+
+    The token is stored in slot `num_pending`, the output sees it and all before it, and `num_pending` grows by 1. At N,
+    the N tokens are added to `state` and it returns to 0. All of this **in place**, row by row and head by head.
+
+    Args:
+        query, key: `[B, 1, H, D]`. value: `[B, 1, H, V]`. As in `taylor_attention`.
+        state: fp32 `[B, H, V + 1, F]`, all tokens before this one but the pending ones; zeros at the start.
+        pending_keys: `[B, H, N, D]` in key's dtype, N 16, 32 or 64. Whatever is in the slots from `num_pending` on is
+            ignored.
+        pending_values: `[B, H, N, V]`, likewise.
+        num_pending: int32 `[B, H]`, from 0 to N - 1; zeros at the start.
+        scale: as in `taylor_attention`, the same one as long as tokens are pending.
+        mask: `[B, 1]`; of a row with 0 nothing changes, and its output is 0.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument. The counts are not looked at.
+    """
+    _check(query, key, value, scale, mask)
+    if query.shape[1] != 1:
+        raise ValueError(f"`taylor_attention_lazy_step` takes one token; `query` has {query.shape[1]}.")
+    _check_state("state", state, query, value, None)
+    _check_pending(pending_keys, pending_values, num_pending, query, value)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask != 0
+    is_plain = _backend(query, value) == "torch"
+    op = torch_taylor_attention_lazy_step if is_plain else based_kernels.taylor_attention_lazy_step
+    return op(query, key, value, state, pending_keys, pending_values, num_pending, scale=scale, mask=mask)
+
+
+def _check_pending(pending_keys, pending_values, num_pending, query, value):
+    batch, _, heads, feature_dim = query.shape
+    size = pending_keys.shape[2] if pending_keys.ndim == 4 else None
+    if size not in PENDING_SIZES:
+        raise ValueError(f"`pending_keys` must be [B, H, N, D], N 16, 32 or 64; got {tuple(pending_keys.shape)}.")
+    for name, tensor, last, dtype in (
+        ("pending_keys", pending_keys, (size, feature_dim), query.dtype),
+        ("pending_values", pending_values, (size, value.shape[3]), query.dtype),
+        ("num_pending", num_pending, (), torch.int32),
+    ):
+        if tuple(tensor.shape) != (batch, heads, *last):
+            raise ValueError(f"`{name}` must be {(batch, heads, *last)}; got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"`{name}` must be {dtype}; got {tensor.dtype}.")
 
 
 def _check(query, key, value, scale, mask):

@@ -10,6 +10,7 @@ try:
     from .rms_norm import rms_norm
     from .swiglu import swiglu
     from .taylor_attention_chunk import taylor_attention
+    from .taylor_attention_lazy_step import taylor_attention_lazy_step
     from .taylor_attention_step import taylor_attention_step
 
     _missing = None
@@ -31,6 +32,7 @@ except ImportError as error:
     rms_norm = _unavailable("rms_norm")
     swiglu = _unavailable("swiglu")
     taylor_attention = _unavailable("taylor_attention")
+    taylor_attention_lazy_step = _unavailable("taylor_attention_lazy_step")
     taylor_attention_step = _unavailable("taylor_attention_step")
     TaylorAttention = _unavailable("TaylorAttention")
 
@@ -47,5 +49,6 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "taylor_attention",
+    "taylor_attention_lazy_step",
     "taylor_attention_step",
 ]

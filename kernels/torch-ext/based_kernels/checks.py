@@ -12,6 +12,7 @@ MAX_FEATURE_DIM = 32
 MAX_HEAD_DIM = 256
 MAX_NORM_DIM = 16384
 CONV_KERNELS = range(2, 9)
+PENDING_SIZES = (16, 32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -193,6 +194,37 @@ def _check_in_place(name, x, like, like_name, shape, dtype=None):
             f"{name}: got strides {x.stride()}, a row of its own for each sequence fits: it is updated in place"
         )
     _check_device(name, x, like, like_name)
+
+
+def check_lazy_step_inputs(query, key, value, state, pending_keys, pending_values, num_pending, scale, mask):
+    """Raises on what `taylor_attention_lazy_step` cannot take; -> scale."""
+    scale = check_step_inputs(query, key, value, state, scale, mask)
+    B, _, H, D = query.shape
+    if not isinstance(pending_keys, torch.Tensor):
+        raise TypeError(f"pending_keys: got {type(pending_keys).__name__}, a tensor fits")
+    N = pending_keys.shape[2] if pending_keys.dim() == 4 else None
+    if N not in PENDING_SIZES:
+        f"pending_keys: got shape {tuple(pending_keys.shape)}, [{B}, {H}, N, {D}] with N 16, 32 or 64 fits"
+    for name, x, dim, dtype in (
+        ("pending_keys", pending_keys, (N, D), key.dtype),
+        ("pending_values", pending_values, (N, value.shape[3]), key.dtype),
+        ("num_pending", num_pending, (), torch.int32),
+    ):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, a tensor fits")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: got {x.dtype}, {dtype} fits")
+        if tuple(x.shape) != (B, H, *dim):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, {[B, H, *dim]} fits")
+        _check_device(name, x, query)
+    for name, x in (("state", state), ("pending_keys", pending_keys), ("pending_values", pending_values)):
+        outer = zip(x.shape[:2], x.stride()[:2])
+        if x.stride()[2:] != (x.shape[3], 1) or any(size > 1 and (step == 0 or step % 8) for size, step in outer):
+            f"{name}: got strides {x.stride()}, contiguous last two dimensions and multiples of 8 before them fit: "
+            "it is updated in place"
+    if not num_pending.is_contiguous():
+        f"num_pending: got strides {num_pending.stride()}, a contiguous tensor fits: it is updated in place"
+    return scale
 
 
 def _check_qkv(query, key, value):
