@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from programs import load_program
 
 from transformers_based.taylor_attention import (
     BACKEND_VARIABLE,
@@ -331,6 +332,31 @@ def test_signatures_agree():
 
     for ours in (taylor_attention_lazy_step, torch_taylor_attention_lazy_step):
         assert parameters(ours) == parameters(kernel())
+
+
+def test_benchmark_verifies_and_counts_bytes():
+    kernel()
+    benchmark = load_program("kernels/benchmarks/benchmark_taylor_attention_step.py")
+    for name in benchmark.STEPS:
+        assert 0 < benchmark.verify(name, B=1, H=1, D=8, V=16, N=16, device=DEVICE) < 5e-3
+    benchmark.STEPS["zero"] = lambda token, held: torch.zeros_like(token[2])
+    assert benchmark.verify("zero", B=1, H=1, D=8, V=16, N=16, device=DEVICE) == 1
+    # B 128, V 112, 148 MB of state; of the tokens beside it, 31.5 are read and one is written
+    state, token = 128 * 16 * 113 * 160 * 4, 128 * 16 * 2 * (16 + 112) * 2
+    assert benchmark.moved_bytes("step", 128, 112) == 2 * state + token
+    assert benchmark.moved_bytes("lazy step", 128, 112) == state * 65 / 64 + 32.5 * token / 2 + token
+    row = {
+        "B": 128,
+        "V": 112,
+        "name": "step",
+        "ms": 0.1,
+        "GB": 0.3,
+        "TB_s": 3.0,
+        "fraction_of_copy": 0.9,
+        "state_bytes": state,
+    }
+    facts = {"card": "a card", "versions": {"torch": "2"}, "copy_TB_s": 3.3, "state_share": 160 / 273, "steps": [row]}
+    assert "| 128, 112 | 148.1 | step | 0.1000 | 0.3000 | 3.00 | 90% |" in benchmark.table(facts)
 
 
 def on_gpu(function):
