@@ -43,9 +43,9 @@ def _fold(
     BLOCK_F: tl.constexpr,
 ):
     """
-    Adds all N pending tokens to the state, in tf32 products that lose nothing in half precision: a value fits one tf32,
-    a feature two, and so does not a float32. They are summed on their own: the state, which may be far larger than what
-    is added, is rounded once.
+    Adds all N pending tokens to the state. Half inputs take two products in tf32, as exact as float32: a value fits one
+    tf32, a feature two. Inputs in float32 take three. The sum is made apart and added once, so that a state far larger
+    than what is added is rounded once in N tokens.
     """
     # tiles of few rows: from 64 on, Hopper's asynchronous products would be taken
     BLOCK_R: tl.constexpr = 16
@@ -53,7 +53,7 @@ def _fold(
     for i_f in range(tl.cdiv(F_PAD, BLOCK_F)):
         o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
         a, b = _public_pair(o_f, D)
-        # [N, BLOCK_F]; the upper eleven bits, and the rest
+        # [N, BLOCK_F], then its upper eleven bits and the rest
         b_phi = _features(p_pk + o_n[:, None] * D, a[None, :], b[None, :], sqrt_scale, D)
         b_high = (b_phi.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         b_low = b_phi - b_high
