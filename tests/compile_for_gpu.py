@@ -65,6 +65,7 @@ def main():
         checks,
         gated_short_conv_step,
         rms_norm,
+        sliding_attention_step,
         swiglu,
         taylor_attention,
         taylor_attention_chunk,
@@ -94,6 +95,11 @@ def main():
     for K in (2, 8):
         projected, weight = torch.zeros(1, 1, 48, dtype=DTYPE), torch.zeros(24, K, dtype=DTYPE)
         gated_short_conv_step(projected, weight, torch.zeros(1, K - 1, 24, dtype=DTYPE), mask=mask)
+    angles = torch.zeros(1, 1, HEAD_DIM)
+    for W in (5, 65):
+        ring, count = torch.zeros(2, 1, 1, W, HEAD_DIM, dtype=DTYPE), torch.zeros(1, 1, dtype=torch.int64)
+        one, group = (torch.zeros(1, 1, heads, HEAD_DIM, dtype=DTYPE) for heads in (1, 3))
+        sliding_attention_step(group, one, one, angles, angles, *ring, count, mask=mask)
     swiglu(*projected.chunk(2, dim=-1))
     for C in (24, 16384):
         hidden_states, weight = torch.zeros(1, C, dtype=DTYPE), torch.ones(C, dtype=DTYPE)

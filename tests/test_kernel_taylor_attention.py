@@ -661,5 +661,6 @@ def test_compiles_for_a_gpu_without_one(capability, D, V, dtype):
     assert {kind for _, kind in kernels} == {"sync"}
     names = {f"taylor_attention_{name}_kernel" for name in ("sum", "slope", "partial")}
     names |= {f"_taylor_attention_{name}_kernel" for name in ("step", "lazy_step")}
-    names |= {f"_{name}_kernel" for name in ("gated_short_conv_step", "rms_norm_fwd", "swiglu_fwd")}
+    names |= {f"_{op}_step_kernel" for op in ("gated_short_conv", "sliding_attention")}
+    names |= {f"_{op}_fwd_kernel" for op in ("rms_norm", "swiglu")}
     assert names < {name for name, _ in kernels}

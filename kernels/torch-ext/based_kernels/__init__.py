@@ -8,6 +8,7 @@ try:
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
     from .rms_norm import rms_norm
+    from .sliding_attention_step import sliding_attention_step
     from .swiglu import swiglu
     from .taylor_attention_chunk import taylor_attention
     from .taylor_attention_lazy_step import taylor_attention_lazy_step
@@ -30,6 +31,7 @@ except ImportError as error:
 
     gated_short_conv_step = _unavailable("gated_short_conv_step")
     rms_norm = _unavailable("rms_norm")
+    sliding_attention_step = _unavailable("sliding_attention_step")
     swiglu = _unavailable("swiglu")
     taylor_attention = _unavailable("taylor_attention")
     taylor_attention_lazy_step = _unavailable("taylor_attention_lazy_step")
@@ -47,6 +49,7 @@ __all__ = [
     "gated_short_conv_step",
     "is_available",
     "rms_norm",
+    "sliding_attention_step",
     "swiglu",
     "taylor_attention",
     "taylor_attention_lazy_step",

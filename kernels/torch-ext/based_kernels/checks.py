@@ -10,6 +10,7 @@ import torch
 
 MAX_FEATURE_DIM = 32
 MAX_HEAD_DIM = 256
+MAX_WINDOW = 4096
 MAX_NORM_DIM = 16384
 CONV_KERNELS = range(2, 9)
 PENDING_SIZES = (16, 32, 64)
@@ -123,6 +124,52 @@ def check_conv_step_inputs(projected, weight, state, mask):
         )
     if mask is not None:
         _check_mask(mask, projected, (B, 1), "projected")
+
+
+def check_sliding_step_inputs(query, key, value, cos, sin, keys, values, count, scale, mask):
+    """Raises on what `sliding_attention_step` cannot take; -> scale."""
+    _refuse_gradients(query=query, key=key, value=value, keys=keys, values=values)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_floats(name, x)
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, [batch, 1, heads, head_dim] fits")
+    _check_runs_here("query", query)
+    B, T, H, DH = query.shape
+    if T != 1:
+        raise ValueError(f"query: got {T} tokens, a step takes exactly 1")
+    if DH % 8 or DH > MAX_HEAD_DIM:
+        raise ValueError(f"query: got head_dim {DH}, a multiple of 8 up to {MAX_HEAD_DIM} fits")
+    HKV = key.shape[2]
+    if key.shape != (B, 1, HKV, DH) or H % HKV:
+        raise ValueError(f"key: got shape {tuple(key.shape)}, [{B}, 1, a divisor of {H}, {DH}] fits")
+    if value.shape != key.shape:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, the shape of key fits: {tuple(key.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: got {x.dtype}, the dtype of query fits: {query.dtype}")
+        _check_device(name, x, query)
+    for name, x in (("cos", cos), ("sin", sin)):
+        _check_floats(name, x, (torch.float32,))
+        if x.dim() != 3 or x.shape[0] not in (1, B) or x.shape[1:] != (1, DH):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, [{B} or 1, 1, {DH}] fits")
+        _check_device(name, x, query)
+    if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or not 0 < keys.shape[2] <= MAX_WINDOW:
+        got = getattr(keys, "shape", type(keys).__name__)
+        raise ValueError(f"keys: got {got}, a ring [{B}, {HKV}, W, {DH}] with W from 1 to {MAX_WINDOW} fits")
+    for name, x in (("keys", keys), ("values", values)):
+        _check_in_place(name, x, key, "key", (B, HKV, keys.shape[2], DH))
+        if x.stride(3) != 1 or x.stride(2) != DH or x.stride(0) % 8 or x.stride(1) % 8:
+            raise ValueError(
+                f"{name}: got strides {x.stride()}, a contiguous last two dimensions and multiples of 8 before them"
+                " fit: it changes in place"
+            )
+    if not isinstance(count, torch.Tensor) or count.dtype != torch.int64:
+        got = getattr(count, "dtype", type(count).__name__)
+        raise TypeError(f"count: got {got}, an int64 tensor [{B}, {HKV}] fits")
+    _check_in_place("count", count, query, "query", (B, HKV), torch.int64)
+    if mask is not None:
+        _check_mask(mask, query, (B, 1))
+    return _check_scale(scale, DH)
 
 
 def check_rms_norm_inputs(hidden_states, weight, eps, residual):
