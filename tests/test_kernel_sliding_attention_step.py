@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton")
 from kernel_checks import (
     DEVICE,
     DTYPES,
+    TOLERANCE,
     assert_compiles_nothing_new,
     assert_compiles_whole,
     assert_exact,
@@ -128,6 +129,8 @@ def test_several_blocks(monkeypatch, DH, W):
 @pytest.mark.parametrize("factor", [30, -30])
 def test_weights_far_apart(monkeypatch, factor):
     """Scores of hundreds, the largest in any block: the sum is rescaled without overflow."""
+    # A score of hundreds in fp32 has an error of as many units of the exponent's, in any order of its sum.
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-5)
     monkeypatch.setattr(module, "_TILE", 4 * 16)
     q, k, v, cos, sin = make(2, 22, 2, 2, 16, torch.float32)
     compare((q * factor, k, v, cos, sin), 17, seen=[19, 5], steps=3)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from programs import load_program
 
+from transformers_based.backend import BACKEND_VARIABLE
 from transformers_based.taylor_attention import (
-    BACKEND_VARIABLE,
     fold_pending,
     num_features,
     taylor_attention_lazy_step,

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from transformers_based import BasedConfig, BasedForCausalLM, CacheSnapshot, TaylorCacheLayer, modeling_based
+from transformers_based.cache_based import WindowCacheLayer
 
 
 VOCAB, WINDOW, PAD, NEW_TOKENS = 61, 7, 0, 12
@@ -81,7 +82,19 @@ def full_forward(model, rows, fill):
     return rows, list(model(torch.stack(rows), use_cache=False).logits), None
 
 
-def in_pieces(*sizes, cache_of=lambda config: DynamicCache(config=config)):
+def static_cache(config):
+    return StaticCache(config=config, max_cache_len=64)
+
+
+def short_static_cache(config):
+    return StaticCache(config=config, max_cache_len=WINDOW - 2)
+
+
+def dynamic_cache(config):
+    return DynamicCache(config=config)
+
+
+def in_pieces(*sizes, cache_of=dynamic_cache):
     def run(model, rows, fill):
         ids, cache, logits, start = torch.stack(rows), cache_of(model.config), [], 0
         while start < ids.shape[1]:
@@ -93,31 +106,35 @@ def in_pieces(*sizes, cache_of=lambda config: DynamicCache(config=config)):
     return run
 
 
-def static_cache(config):
-    return StaticCache(config=config, max_cache_len=64)
-
-
-def with_padding(side):
+def with_padding(side, cache_of=dynamic_cache):
     def run(model, rows, fill):
         rows = shortened(rows)
         ids, mask = padded(rows, side, len(rows[0]) + 3, fill)
-        output = model(ids, attention_mask=mask, use_cache=True)
+        output = model(ids, attention_mask=mask, past_key_values=cache_of(model.config))
         return rows, real(output.logits, mask), output.past_key_values
 
     return run
 
 
-def padding_in_a_continued_turn(model, rows, fill):
-    cache, masks, logits, seen = DynamicCache(config=model.config), [], [[] for _ in rows], [[] for _ in rows]
-    for turn, side in enumerate(("right", "left", "middle")):
-        parts = [row[turn * 13 : turn * 13 + 13 - 2 * i] for i, row in enumerate(rows)]
-        ids, mask = padded(parts, side, 15, fill)
-        masks.append(mask)
-        output = model(ids, attention_mask=torch.cat(masks, dim=1), past_key_values=cache)
-        for i, part in enumerate(real(output.logits, mask)):
-            logits[i].append(part)
-            seen[i].append(parts[i])
-    return [torch.cat(x) for x in seen], [torch.cat(x) for x in logits], cache
+def padding_in_a_continued_turn(cache_of):
+    def run(model, rows, fill):
+        """Three long turns, then some of single tokens."""
+        cache, masks, logits, seen = cache_of(model.config), [], [[] for _ in rows], [[] for _ in rows]
+        turns = [
+            padded([row[at : at + 10 - 2 * i] for i, row in enumerate(rows)], side, 12, fill)
+            for at, side in ((0, "right"), (10, "left"), (20, "middle"))
+        ]
+        for at in range(30, 41):
+            turns.append(padded([row[at : at + (at - i) % 3][:1] for i, row in enumerate(rows)], "left", 1, fill))
+        for ids, mask in turns:
+            masks.append(mask)
+            output = model(ids, attention_mask=torch.cat(masks, dim=1), past_key_values=cache)
+            for i, (part, tokens) in enumerate(zip(real(output.logits, mask), real(ids, mask))):
+                logits[i].append(part)
+                seen[i].append(tokens)
+        return [torch.cat(x) for x in seen], [torch.cat(x) for x in logits], cache
+
+    return run
 
 
 def packed(how):
@@ -193,10 +210,10 @@ def after_crop(model, rows, fill):
     return rows, list(torch.cat(logits, dim=1)), cache
 
 
-def after_moving_rows(move):
+def after_moving_rows(move, cache_of=dynamic_cache):
     def run(model, rows, fill):
         """`move(cache)` returns which row each row of the cache now is."""
-        ids, cache = torch.stack(rows), DynamicCache(config=model.config)
+        ids, cache = torch.stack(rows), cache_of(model.config)
         first = model(ids[:, :12], past_key_values=cache).logits
         order = move(cache, len(rows))
         second = model(ids[order, 12:], past_key_values=cache).logits
@@ -232,21 +249,29 @@ FORWARD = {
     "left padding": with_padding("left"),
     "right padding": with_padding("right"),
     "padding in the middle": with_padding("middle"),
-    "padding in a continued turn": padding_in_a_continued_turn,
+    "padding in a continued turn": padding_in_a_continued_turn(dynamic_cache),
+    "padding in a continued turn, static": padding_in_a_continued_turn(static_cache),
+    "right padding, static": with_padding("right", static_cache),
     "packed by cu_seq_lens": packed("cu_seq_lens"),
     "packed by seq_idx": packed("seq_idx"),
     "packed by position_ids": packed("position_ids"),
     "static cache": in_pieces(10, 1, cache_of=static_cache),
+    "static cache, pieces": in_pieces(11, 9, cache_of=static_cache),
+    "static cache, token by token": in_pieces(1, cache_of=static_cache),
+    "static cache shorter than the window": in_pieces(3, 1, cache_of=short_static_cache),
     "static cache, compiled fullgraph": compiled_static,
-    "reset, dynamic": after_reset(lambda config: DynamicCache(config=config)),
+    "reset, dynamic": after_reset(dynamic_cache),
     "reset, static": after_reset(static_cache),
     "copy.deepcopy of a cache": from_a_snapshot,
-    "snapshot, dynamic": from_a_restored_snapshot(lambda config: DynamicCache(config=config)),
+    "snapshot, dynamic": from_a_restored_snapshot(dynamic_cache),
     "snapshot, static": from_a_restored_snapshot(static_cache),
     "crop": after_crop,
     "reorder": after_moving_rows(reorder),
     "repeat": after_moving_rows(repeat),
     "select": after_moving_rows(select),
+    "reorder, static": after_moving_rows(reorder, static_cache),
+    "repeat, static": after_moving_rows(repeat, static_cache),
+    "select, static": after_moving_rows(select, static_cache),
 }
 HAS_PADDING = [name for name in FORWARD if "padding" in name or "packed" in name]
 
@@ -367,7 +392,8 @@ def assert_states(cache, rows, model):
                 got, wanted = layer.state[i], reference.state[0]
                 assert layer.state.dtype == reference.state.dtype
             else:
-                got, wanted = layer.keys[i, :, 1 - WINDOW :], reference.keys[0, :, 1 - WINDOW :]
+                keys = layer.window()[0] if isinstance(layer, WindowCacheLayer) else layer.keys
+                got, wanted = keys[i, :, 1 - WINDOW :], reference.keys[0, :, 1 - WINDOW :]
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -435,8 +461,8 @@ def used_by_another(ids, **changes):
 
 
 REFUSED = {
-    "padding behind tokens, static cache": (
-        lambda model, ids, cache: model(
+    "padding behind tokens, static cache of flex attention": (
+        lambda model, ids, cache: build(attn_implementation="flex_attention")(
             ids,
             attention_mask=padded([ids[0, :-2]], "right", ids.shape[1])[1],
             past_key_values=static_cache(model.config),
@@ -490,12 +516,6 @@ REFUSED = {
     ),
     "cache of a model with a shorter window": (
         lambda model, ids, cache: model(ids, past_key_values=used_by_another(ids, sliding_window=WINDOW - 1)),
-        "fewer than the sliding_window",
-    ),
-    "static cache shorter than the window": (
-        lambda model, ids, cache: model.generate(
-            ids, max_new_tokens=2, past_key_values=StaticCache(config=model.config, max_cache_len=WINDOW - 1)
-        ),
         "fewer than the sliding_window",
     ),
     "cache of another batch size": (

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
+from transformers_based import backend
 from transformers_based import taylor_attention as attention_op
 from transformers_based import taylor_attention_step as step_op
+from transformers_based.backend import BACKEND_VARIABLE, _logged
 from transformers_based.taylor_attention import (
-    BACKEND_VARIABLE,
     _choose_backend,
-    _logged,
     num_features,
     state_shape,
     taylor_state,
@@ -493,7 +493,7 @@ def test_initial_states_of_packed_documents():
 @pytest.fixture
 def log_lines(monkeypatch):
     """What the choice of a backend logs, from the first choice on."""
-    logger = logging.getLogger("transformers.transformers_based.taylor_attention")
+    logger = logging.getLogger("transformers.transformers_based.backend")
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -544,9 +544,7 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
         def is_available():
             return True
 
-    # The function of that name hides the module.
-    module = sys.modules["transformers_based.taylor_attention"]
-    monkeypatch.setattr(module, "based_kernels", Kernels)
+    monkeypatch.setattr(backend, "based_kernels", Kernels)
     monkeypatch.setenv(BACKEND_VARIABLE, "auto")
     assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "triton"
     assert _choose_backend("cuda", "torch.float64", 16, 64) == "torch"
@@ -565,7 +563,7 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
         assert name in log_lines[-1]
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "torch"
-    monkeypatch.setattr(module, "based_kernels", None)
+    monkeypatch.setattr(backend, "based_kernels", None)
     monkeypatch.setenv(BACKEND_VARIABLE, "auto")
     assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "torch"
     assert "not installed" in log_lines[-1]

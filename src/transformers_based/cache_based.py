@@ -1,11 +1,13 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""The recurrent state of one mixer as a layer of a transformers `Cache`: fixed size, in place, exact to roll back.
+"""What each mixer keeps of the past, as layers of a transformers `Cache`: of fixed size, changed in place.
 
-    linear_attention   state [B, H, V + 1, F]   fp32, see taylor_attention.py
-    conv               state [B, K - 1, C]      the last inputs of the convolution, in the model's dtype
+    linear_attention    state [B, H, V + 1, F]         fp32, see taylor_attention.py; the last tokens may wait beside it
+    conv                state [B, K - 1, C]            the last inputs of the convolution, in the model's dtype
+    sliding_attention   keys, values [B, H, W, D]      in a static cache: a ring, token r of a row at slot r % W
 
-transformers builds its own `LinearAttentionLayer` for both; `adopt_cache` swaps this one in when a cache is first used.
-A state is a function of the tokens it has seen, so the tokens since a snapshot are enough to take some of them back.
+transformers builds its own layers; `adopt_cache` swaps these in when a cache is first used. The window of a dynamic
+cache stays transformers'. A recurrent state is a function of the tokens it has seen, so the tokens since a snapshot are
+enough to take some of them back.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,30 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticSlidingWindowLayer,
 )
 
+from .taylor_attention import fold_pending
 
-class TaylorCacheLayer(LinearAttentionLayer):
+
+# Tokens that wait beside a state. More of them save writes of the state and cost reads of the tokens.
+NUM_PENDING = 32
+
+
+class _RowsOfTheBatch:
+    """What `Cache` does with the rows of a batch, by means of `_select`."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+
+class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
     """
     Holds `state` (batch first) for one layer. The mixer reads it, computes the next one and hands that to
     `update_recurrent_state`, or changes it in place.
@@ -36,17 +58,42 @@ class TaylorCacheLayer(LinearAttentionLayer):
         self.snapshot: torch.Tensor | None = None
         self.recorded: list[tuple[torch.Tensor | None, ...]] = []
         self.fold: Callable | None = None
+        # What `taylor_attention_lazy_step` has not folded into the state yet: its keys, values and their number.
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_scale: float | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
         """The state, or `None` before the first token."""
-        return self.recurrent_states[0] if self.has_previous_state[0] else None
+        if not self.has_previous_state[0]:
+            return None
+        if self.pending:
+            fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.pending_scale)
+        return self.recurrent_states[0]
 
     def read(self, *shape: int) -> torch.Tensor | None:
         """The state, or `None` before the first token. Raises `ValueError` if the mixer needs one of another shape."""
-        if self.state is not None:
-            check_shape(self.state, shape)
+        if self.has_previous_state[0]:
+            check_shape(self.recurrent_states[0], shape)
         return self.state
+
+    def lazily(
+        self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        The state of this `shape`, and room for tokens `[B, 1, H, D]` that wait, as `taylor_attention_lazy_step` takes
+        them.
+        """
+        check_shape(self.recurrent_states[0], shape)
+        if not self.pending:
+            batch, _, heads, _ = key.shape
+            self.pending = {
+                "pending_keys": key.new_empty(batch, heads, NUM_PENDING, key.shape[-1]),
+                "pending_values": value.new_empty(batch, heads, NUM_PENDING, value.shape[-1]),
+                "num_pending": torch.zeros(batch, heads, dtype=torch.int32, device=key.device),
+            }
+            self.pending_scale = scale
+        return self.recurrent_states[0], *self.pending.values()
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Stores the state after this forward's tokens, at the same address as the one before."""
@@ -110,25 +157,13 @@ class TaylorCacheLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.snapshot, self.recorded = None, []
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+        self.snapshot, self.recorded, self.pending = None, [], {}
 
     def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.state is None:
+        if not self.has_previous_state[0]:
             return
-        selected = rows(self.recurrent_states[0])
-        if selected.shape == self.recurrent_states[0].shape:
-            self.recurrent_states[0].copy_(selected)  # same address, for captured graphs
-        else:
-            self.recurrent_states[0] = selected
+        self.pending = {name: _put(rows(x), x) for name, x in self.pending.items()}
+        self.recurrent_states[0] = _put(rows(self.recurrent_states[0]), self.recurrent_states[0])
         self.snapshot = None if self.snapshot is None else rows(self.snapshot)
         self.recorded = [tuple(None if x is None else rows(x) for x in tokens) for tokens in self.recorded]
 
@@ -156,6 +191,89 @@ class CountingTaylorCacheLayer(TaylorCacheLayer, CacheLayerMixin):
     def reset(self) -> None:
         TaylorCacheLayer.reset(self)
         self.cumulative_length = 0
+
+
+class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
+    """
+    The keys (rotated) and values of the last W tokens of each row, as a ring: a decoding step writes one slot and moves
+    nothing. Tokens that do not exist never enter it, so each row has its own place in the ring.
+
+    keys, values: `[B, H, W, D]`. seen: int64 `[B, H]`, the tokens of the row so far (per head, so that whoever owns a
+    head may count without asking the others).
+    """
+
+    def __init__(self, sliding_window: int):
+        super().__init__(max_cache_len=sliding_window, sliding_window=sliding_window)
+        self.seen: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.seen = torch.zeros(key_states.shape[:2], dtype=torch.long, device=self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.seen)
+
+    def count(self, num_tokens: int) -> None:
+        """Told the length of each forward, padding included."""
+        self.cumulative_length_int += num_tokens
+
+    def past_length(self) -> int:
+        """How many past keys `append` puts in front of the new ones."""
+        return self.max_cache_len - 1 if self.cumulative_length_int else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.past_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last W - 1 keys and values, oldest first, behind anything where there are fewer."""
+        slots = self.seen[:, :1, None] + torch.arange(-self.past_length(), 0, device=self.device)  # [B, 1, W - 1]
+        return tuple(_at_slots(x, slots % self.max_cache_len) for x in (self.keys, self.values))
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, exists: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Adds the tokens `[B, H, T, D]` that exist (`[B, T]`, `None` for all). Returns the `window` before them, followed
+        by the new ones.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        past = self.window()
+        length = key.shape[2]
+        arrived = length if exists is None else exists.sum(dim=1)[:, None]
+        last = self.seen + arrived - 1
+        # [B, 1, W]: the newest token that belongs in each slot, counted from the first new one
+        newest = last[:, :1, None] - (last[:, :1, None] - torch.arange(self.max_cache_len, device=self.device)) % (
+            self.max_cache_len
+        )
+        arrival = newest - self.seen[:, :1, None]
+        token = arrival.clamp(0, length - 1)
+        if exists is not None:
+            order = exists.int().argsort(dim=1, stable=True)[:, None]
+            token = order.gather(2, (token + length - exists.sum(dim=1)[:, None, None]).clamp(max=length - 1))
+        for held, new in ((self.keys, key), (self.values, value)):
+            held.copy_(torch.where(arrival[..., None] >= 0, _at_slots(new, token), held))
+        self.seen.add_(arrived)
+        return torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError("The window needs to know which tokens exist: use `append`.")
+
+    def reset(self) -> None:
+        super().reset()
+        if self.seen is not None:
+            self.seen.zero_()
+
+    def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.seen = (_put(rows(x), x) for x in (self.keys, self.values, self.seen))
+
+
+def _at_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The entries of `[B, H, N, D]` at `slots` `[B, 1, M]`."""
+    return x.gather(2, slots[..., None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def check_shape(held: torch.Tensor, needed: tuple[int, ...]) -> None:
@@ -203,13 +321,15 @@ def adopt_cache(cache: Cache, config, batch_size: int | None = None, new_tokens:
             if layer.is_conv_states_initialized[0] or layer.is_recurrent_states_initialized[0]:
                 raise ValueError(f"Layer {i} of this cache already holds another model's state. Use a new cache.")
             continue
-        held = layer.state if is_recurrent else layer.keys if layer.is_initialized else None
+        # Not `layer.state`, which would fold what waits beside it, at every step.
+        recurrent = layer.recurrent_states[0] if is_recurrent and layer.has_previous_state[0] else None
+        held = recurrent if is_recurrent else layer.keys if layer.is_initialized else None
         if batch_size is not None and held is not None and held.numel() and held.shape[0] != batch_size:
             raise ValueError(
                 f"This cache holds a batch of {held.shape[0]}, the input has a batch size of {batch_size}. Use a new "
                 "cache, or `batch_repeat_interleave` or `batch_select_indices` of this one."
             )
-        room = -1 if is_recurrent else layer.get_max_length()
+        room = -1 if is_recurrent or _becomes_ring(layer, config) else layer.get_max_length()
         if 0 < room < config.sliding_window and layer.get_seq_length() + new_tokens > room:
             raise ValueError(
                 f"Layer {i} of this cache keeps {room} tokens, fewer than the sliding_window of "
@@ -224,7 +344,15 @@ def adopt_cache(cache: Cache, config, batch_size: int | None = None, new_tokens:
         if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, TaylorCacheLayer):
             layers[i] = TaylorCacheLayer() if has_attention or i else CountingTaylorCacheLayer()
             layers[i].record_past = layer.record_past
+        elif _becomes_ring(layer, config):
+            layers[i] = WindowCacheLayer(config.sliding_window)
     return cache
+
+
+def _becomes_ring(layer, config) -> bool:
+    """Whether transformers' static window gives way to ours; other attention implementations want it as it is."""
+    is_plain = config._attn_implementation in ("sdpa", "eager")
+    return is_plain and type(layer) is StaticSlidingWindowLayer and layer.get_seq_length() == 0
 
 
 class CacheSnapshot:
@@ -249,11 +377,7 @@ class CacheSnapshot:
             raise ValueError("This snapshot was taken of a cache with other layers.")
         for layer, (_, content) in zip(cache.layers, self._layers):
             for name, value in content.items():
-                current = getattr(layer, name)
-                if isinstance(value, dict) and isinstance(value.get(0), torch.Tensor):
-                    current[0] = _put(value[0], current[0])
-                else:
-                    setattr(layer, name, _put(value, current))
+                setattr(layer, name, _put(value, getattr(layer, name)))
 
 
 def _copied(value):
@@ -265,7 +389,9 @@ def _copied(value):
 
 
 def _put(value, current):
-    """A copy of `value`, at the address of `current` where it fits."""
+    """A copy of `value`, at the address of `current` where it fits, so that captured graphs stay valid."""
     if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor) and current.shape == value.shape:
         return current.copy_(value)
+    if isinstance(value, dict) and isinstance(current, dict):
+        return {name: _put(item, current.get(name)) for name, item in value.items()}
     return _copied(value)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -43,8 +43,9 @@ from transformers.utils import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_based import TaylorCacheLayer, adopt_cache, check_shape
+from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
+from .decode_graph import DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .original_format import (
     UNREADABLE,
     config_from_original,
@@ -56,7 +57,23 @@ from .original_format import (
     state_dict_from_original,
     strip_names,
 )
-from .taylor_attention import state_shape, taylor_attention, taylor_attention_step, taylor_state
+from .step_ops import (
+    at_least_fp32,
+    can_step_fused,
+    gated_short_conv_step,
+    project,
+    rms_norm,
+    sliding_attention_step,
+    swiglu,
+)
+from .taylor_attention import (
+    is_lazy_step_faster,
+    state_shape,
+    taylor_attention,
+    taylor_attention_lazy_step,
+    taylor_attention_step,
+    taylor_state,
+)
 
 
 # Below "transformers", so that its verbosity settings apply.
@@ -70,29 +87,29 @@ class PackedDocuments(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 class BasedRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Of any dtype, in fp32 or better; the result has the weight's dtype, since the residual stream may be fp32."""
-        hidden_states = hidden_states.to(_at_least_fp32(hidden_states.dtype))
-        hidden_states = hidden_states * torch.rsqrt(
-            hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon
-        )
-        return (self.weight * hidden_states).to(self.weight.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Of any dtype, in fp32 or better; the result has the weight's dtype, since the residual stream may be fp32. With
+        a `residual`, which is added first, also the sum.
+        """
+        normed, total = rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+        return normed if residual is None else (normed, total)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class BasedMLP(nn.Module):
+    shares_input = ("gate_proj", "up_proj")
+
     def __init__(self, config: BasedConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -100,9 +117,11 @@ class BasedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.down_proj.writes_residual = True
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.hidden_act == "silu"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(hidden_states, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
 
 
 def _pads_first(exists: torch.Tensor) -> torch.Tensor:
@@ -158,7 +177,7 @@ class BasedCausalConv1d(nn.Conv1d):
             document_ids = nn.functional.pad(document_ids, (past, 0), value=-1)
             document_ids = document_ids if order is None else document_ids.gather(1, order)
 
-        dtype = _at_least_fp32(inputs.dtype)
+        dtype = at_least_fp32(inputs.dtype)
         inputs, weight = inputs.to(dtype), self.weight.squeeze(1).to(dtype)
         output = inputs[:, past:] * weight[:, -1]
         for tap in range(past):
@@ -212,25 +231,31 @@ class BasedShortConv(nn.Module):
         documents: PackedDocuments | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        inputs, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        projected = self.in_proj(hidden_states)
+        inputs, gate = projected.chunk(2, dim=-1)
+        batch, length, channels = inputs.shape
+        past = self.conv.kernel_size[0] - 1
         layer: TaylorCacheLayer | None = None
+        state = None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
+            state = layer.read(batch, past, channels)
+            layer.record(partial(_conv_state, past), inputs, attention_mask)
+            layer.count(length)
+        if state is not None and can_step_fused(projected):
+            return self.out_proj(gated_short_conv_step(projected, self.conv.weight.squeeze(1), state, attention_mask))
         output, state = self.conv(
-            inputs,
-            state=layer.read(inputs.shape[0], self.conv.kernel_size[0] - 1, inputs.shape[2]) if layer else None,
-            mask=attention_mask,
-            document_ids=documents.ids if documents is not None else None,
+            inputs, state, mask=attention_mask, document_ids=documents.ids if documents is not None else None
         )
         if layer is not None:
-            layer.record(partial(_conv_state, state.shape[1]), inputs, attention_mask)
             layer.update_recurrent_state(state)
-            layer.count(inputs.shape[1])
         return self.out_proj((nn.functional.silu(output) * gate).to(gate.dtype))
 
 
 class BasedLinearAttention(nn.Module):
     """Linear attention, see taylor_attention.py; `LinearAttention` in the original `mixers/linear_attention.py`."""
+
+    shares_input = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
@@ -258,11 +283,10 @@ class BasedLinearAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         # [B, T, H, D] twice and [B, T, H, V]
         query, key, value = (
-            proj(hidden_states).view(batch, length, -1, size)
-            for proj, size in (
-                (self.q_proj, self.feature_dim),
-                (self.k_proj, self.feature_dim),
-                (self.v_proj, self.head_dim),
+            x.view(batch, length, -1, size)
+            for x, size in zip(
+                project(hidden_states, self.q_proj, self.k_proj, self.v_proj),
+                (self.feature_dim, self.feature_dim, self.head_dim),
             )
         )
         options = {"scale": self.scaling, "mask": attention_mask}
@@ -274,11 +298,16 @@ class BasedLinearAttention(nn.Module):
             output, _ = taylor_attention(query, key, value, **options)
         else:
             layer: TaylorCacheLayer = past_key_values.layers[self.layer_idx]
-            state = layer.read(*state_shape(batch, query.shape[2], self.feature_dim, self.head_dim))
+            shape = state_shape(batch, query.shape[2], self.feature_dim, self.head_dim)
             layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
-            if length == 1 and state is not None and not torch.is_grad_enabled():
-                output = taylor_attention_step(query, key, value, state, **options)
+            is_step = length == 1 and layer.has_previous_state[0] and not torch.is_grad_enabled()
+            if is_step and not layer.record_past and is_lazy_step_faster(query, value):
+                lazy_state = layer.lazily(shape, key, value, self.scaling)
+                output = taylor_attention_lazy_step(query, key, value, *lazy_state, **options)
+            elif is_step:
+                output = taylor_attention_step(query, key, value, layer.read(*shape), **options)
             else:
+                state = layer.read(*shape)
                 output, state = taylor_attention(
                     query, key, value, initial_state=state, output_final_state=True, **options
                 )
@@ -289,6 +318,8 @@ class BasedLinearAttention(nn.Module):
 
 class BasedAttention(nn.Module):
     """Softmax attention in a window, with rotary; `SlidingAttention` in the original `mixers/slide_attention.py`."""
+
+    shares_input = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: BasedConfig, layer_idx: int):
         super().__init__()
@@ -314,21 +345,32 @@ class BasedAttention(nn.Module):
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
         key_order: torch.Tensor | None = None,
+        exists: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
-        # [B, H, T, D]
+        # [B, T, H, D]
         query, key, value = (
-            proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            x.view(batch, length, -1, self.head_dim)
+            for x in project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
+        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        if layer is not None and layer.keys is not None and layer.keys.ndim == 4:
+            check_shape(layer.keys, (batch, key.shape[2], layer.keys.shape[2], self.head_dim))
+        is_ring = isinstance(layer, WindowCacheLayer)
+        if is_ring and _is_step(attention_mask):
+            output = self._step(query, key, value, position_embeddings, layer, attention_mask)
+            return self.o_proj(output.reshape(batch, 1, -1)), None
+
+        # [B, H, T, D]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         rotated_query, rotated_key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
-        if past_key_values is not None:
+        if is_ring:
+            key, value = layer.append(key, value, exists)
+            layer.count(length)
+        elif layer is not None:
             num_keys, _ = past_key_values.get_mask_sizes(length, self.layer_idx)
-            held = past_key_values.layers[self.layer_idx].keys
-            if held is not None and held.ndim == 4:
-                check_shape(held, (batch, key.shape[1], held.shape[2], self.head_dim))
             key, value = past_key_values.update(key, value, self.layer_idx)
             # transformers 5.17 returns more than the mask covers after `reset` and while recording for `crop`.
             key, value = key[:, :, -num_keys:], value[:, :, -num_keys:]
@@ -336,8 +378,7 @@ class BasedAttention(nn.Module):
         if key_order is not None:
             key, value = (_reorder(x, key_order, dim=2) for x in (key, value))
             query = _reorder(nn.functional.pad(query, (0, 0, past_length, 0)), key_order, dim=2)[:, :, past_length:]
-            if past_key_values is not None:
-                layer = past_key_values.layers[self.layer_idx]
+            if layer is not None and not is_ring:
                 layer.keys, layer.values = (x[:, :, -layer.keys.shape[2] :] for x in (key, value))
 
         blocks = None
@@ -367,6 +408,20 @@ class BasedAttention(nn.Module):
                 weights = _restore(nn.functional.pad(weights, (0, 0, past_length, 0)), key_order, dim=2)
                 weights = _restore(weights[:, :, past_length:], key_order, dim=3)
         return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _step(self, query, key, value, position_embeddings, layer: WindowCacheLayer, mask):
+        if not layer.is_initialized:
+            layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
+        output = sliding_attention_step(
+            query, key, value, *position_embeddings, layer.keys, layer.values, layer.seen, scale=self.scaling, mask=mask
+        )
+        layer.count(1)
+        return output
+
+
+def _is_step(attention_mask: torch.Tensor | None) -> bool:
+    """Whether this is the mask `[B, 1]` of `sliding_attention_step`."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == 1
 
 
 def _cut_in_blocks(query, key, value, mask, window):
@@ -406,40 +461,65 @@ def _make_masks(
     the mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together,
     behind the padding; `None` if they are.
     """
-    attention_mask = _checked(attention_mask, inputs_embeds, past_key_values)
-    length = inputs_embeds.shape[1]
+    batch, length = inputs_embeds.shape[:2]
+    layer = None
+    if past_key_values is not None and "sliding_attention" in config.layer_types:
+        layer = past_key_values.layers[config.layer_types.index("sliding_attention")]
+    is_ring = isinstance(layer, WindowCacheLayer)
+    # For single tokens on a GPU, waiting for the values would cost more than it is worth.
+    looks = not torch.compiler.is_compiling() and (
+        length > 1 or inputs_embeds.device.type == "cpu" or not (layer is None or is_ring)
+    )
+    attention_mask = _checked(attention_mask, inputs_embeds, past_key_values, looks)
     tokens = attention_mask[:, -length:] if attention_mask is not None else None
-    if tokens is not None and not torch.compiler.is_compiling() and tokens.all():
+    if tokens is not None and looks and tokens.all():
         tokens = None
     masks = {"conv": tokens, "linear_attention": tokens, "key_order": None}
     if "sliding_attention" not in config.layer_types:
         return masks
 
-    past_length, offset = 0, 0
-    if past_key_values is not None:
-        layer_idx = config.layer_types.index("sliding_attention")
-        num_keys, offset = past_key_values.get_mask_sizes(length, layer_idx)
-        past_length = num_keys - length
     document_ids = documents.ids if documents is not None else None
-    if _has_padding_behind_tokens(attention_mask):
-        layer = past_key_values.layers[layer_idx] if past_key_values is not None else None
-        if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                "Padding behind tokens that exist moves tokens in the window, which a static cache cannot: use a "
-                "dynamic cache, or pad on the left."
-            )
-        seen = attention_mask[:, :-length].sum(dim=1, keepdim=True)
-        is_kept = torch.arange(past_length, 0, -1, device=attention_mask.device) <= seen
-        exists = torch.cat([is_kept, attention_mask[:, -length:]], dim=1)
+    if is_ring:
+        new = tokens if tokens is not None else inputs_embeds.new_ones(batch, length, dtype=torch.bool)
+        if length == 1 and not output_attentions and not torch.is_grad_enabled():
+            masks["sliding_attention"] = new
+            return masks
+        past_length, offset = layer.past_length(), 0
+        exists = new
+        if past_length:
+            is_kept = torch.arange(past_length, 0, -1, device=new.device) <= layer.seen[:, :1]
+            exists = torch.cat([is_kept, new], dim=1)
+        attention_mask = exists
+        moves = tokens is not None and (not looks or _has_padding_behind_tokens(exists))
+    else:
+        past_length, offset = 0, 0
+        if past_key_values is not None:
+            num_keys, offset = layer.get_mask_sizes(length)
+            past_length = num_keys - length
+        moves = looks and _has_padding_behind_tokens(attention_mask)
+        if moves:
+            if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    "Padding behind tokens that exist moves tokens in the window, which a static cache cannot with "
+                    f"{config._attn_implementation}: use a dynamic cache, sdpa, or pad on the left."
+                )
+            seen = attention_mask[:, :-length].sum(dim=1, keepdim=True)
+            is_kept = torch.arange(past_length, 0, -1, device=attention_mask.device) <= seen
+            exists = torch.cat([is_kept, attention_mask[:, -length:]], dim=1)
+    if moves:
         masks["key_order"] = _pads_first(exists)
         attention_mask = nn.functional.pad(exists.gather(1, masks["key_order"]), (offset, 0))
         document_ids = document_ids.gather(1, masks["key_order"]) if document_ids is not None else None
 
     is_plain = config._attn_implementation in ("sdpa", "eager")
-    if is_plain and not output_attentions and length >= 4 * max(config.sliding_window, _MIN_BLOCK):
+    block_size = max(config.sliding_window, _MIN_BLOCK)
+    if is_plain and not output_attentions and length >= 4 * block_size:
         masks["sliding_attention"] = _block_mask(
-            config, inputs_embeds, attention_mask, past_length, offset, document_ids
+            config, inputs_embeds, attention_mask, past_length, offset, document_ids, block_size
         )
+    elif is_ring:
+        mask = _block_mask(config, inputs_embeds, attention_mask, past_length, offset, document_ids, length)
+        masks["sliding_attention"] = mask[:, 0, :, :, config.sliding_window - 1 - past_length :]
     else:
         masks["sliding_attention"] = create_sliding_window_causal_mask(
             config=config,
@@ -452,9 +532,9 @@ def _make_masks(
 
 
 def _checked(
-    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None, looks: bool
 ) -> torch.Tensor | None:
-    """The attention mask as bool, `None` if it hides nothing."""
+    """The attention mask as bool, `None` if it hides nothing. Its values are checked if it `looks` at them."""
     if attention_mask is None:
         return None
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -465,7 +545,7 @@ def _checked(
             "Recurrent layers cannot follow a mask with more dimensions."
         )
     exists = attention_mask == 1
-    if not torch.compiler.is_compiling():
+    if looks:
         if exists.all():
             return None
         if not (exists | (attention_mask == 0)).all():
@@ -488,7 +568,7 @@ def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Ten
 
 
 def _has_padding_behind_tokens(attention_mask: torch.Tensor | None) -> bool:
-    if attention_mask is None or torch.compiler.is_compiling():
+    if attention_mask is None:
         return False
     return bool((attention_mask[:, :-1] & ~attention_mask[:, 1:]).any())
 
@@ -500,13 +580,13 @@ def _block_mask(
     past_length: int,
     offset: int,
     document_ids: torch.Tensor | None,
+    block_size: int,
 ) -> torch.Tensor:
     """
     The mask for `_cut_in_blocks`, `[B or 1, blocks, 1, N, N + W - 1]`, for T new tokens behind `past_length` cached
     keys, the first of them token `offset` of the row.
     """
     length, window, device = like.shape[1], config.sliding_window, like.device
-    block_size = max(window, _MIN_BLOCK)
     blocks = -(-length // block_size)
     size, head, tail = block_size + window - 1, window - 1 - past_length, blocks * block_size - length
     exists = torch.ones(1, past_length + length, dtype=torch.bool, device=device)
@@ -591,17 +671,31 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        update: torch.Tensor | None = None,
+        defers_sums: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        If it `defers_sums`, it returns its input after the mixer and the `update` of its MLP, for the next layer to add
+        them in one kernel with its norm.
+        """
         residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
+        if update is None:
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(update, residual)
         if self.layer_type == "conv":
             hidden_states = self.conv(hidden_states, **kwargs)
         elif self.layer_type == "linear_attention":
             hidden_states = self.linear_attn(hidden_states, **kwargs)
         else:
             hidden_states, _ = self.self_attn(hidden_states, **kwargs)
-        residual = residual + hidden_states
-        return residual + self.mlp(self.post_attention_layernorm(residual))
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        update = self.mlp(hidden_states)
+        return (residual, update) if defers_sums else residual + update
 
 
 # Each asks `from_pretrained` for other weights than those in the usual files.
@@ -763,9 +857,12 @@ class BasedModel(BasedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
+        defers_sums: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
+        defers_sums (`bool`, *optional*, defaults to `False`):
+            For `DecodeGraphs`: each layer leaves its last sum to the next, so layers return two tensors.
         seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             The document of each token where several share a row. `cu_seq_lens_q` or `position_ids` that restart say the
             same. Documents do not see each other.
@@ -809,24 +906,31 @@ class BasedModel(BasedPreTrainedModel):
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
                 position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
             # fp32 whatever the model's dtype: positions in the thousands have no exact angle in bf16.
-            like = inputs_embeds.new_empty(0, dtype=_at_least_fp32(inputs_embeds.dtype))
+            like = inputs_embeds.new_empty(0, dtype=at_least_fp32(inputs_embeds.dtype))
             position_embeddings = self.rotary_emb(like, position_ids)
             kwargs.update(_flash_arguments(self.config, documents, inputs_embeds.shape[0]))
 
         hidden_states = inputs_embeds
         if self.config.residual_in_fp32:
-            hidden_states = hidden_states.to(_at_least_fp32(hidden_states.dtype))
+            hidden_states = hidden_states.to(at_least_fp32(hidden_states.dtype))
+        update = None
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                update=update,
+                defers_sums=defers_sums,
                 attention_mask=masks[layer.layer_type],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 documents=documents,
                 key_order=masks.get("key_order"),
+                exists=masks["conv"],
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            if defers_sums:
+                hidden_states, update = hidden_states
+        hidden_states = self.norm(hidden_states) if update is None else self.norm(update, hidden_states)[0]
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 def _flash_arguments(config: BasedConfig, documents: PackedDocuments | None, batch: int) -> dict:
@@ -838,6 +942,10 @@ def _flash_arguments(config: BasedConfig, documents: PackedDocuments | None, bat
     longest = int(documents.cu_seqlens.diff().max())
     bounds = documents.cu_seqlens
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+# The ways to generate in which transformers asks for a compiled step.
+_STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 @auto_docstring
@@ -852,6 +960,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         self.model = BasedModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._decode_graphs: DecodeGraphs | None = None
         self.post_init()
 
     @can_return_tuple
@@ -916,10 +1025,18 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
                 "`assistant_early_exit` drafts with the first layers alone, which in Based are no language model. Use "
                 "`assistant_model` or `prompt_lookup_num_tokens`."
             )
-        if generation_config.prefill_chunk_size is not None:
+        obstacle = obstacle_to_graphs(self)
+        if generation_config.prefill_chunk_size is not None and (obstacle or generation_config.compile_config):
             # transformers would compile the forward of a piece; on CUDA, torch 2.11 crashed in the launcher of that.
             generation_config.disable_compile = True
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        is_default = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        if is_default and self._can_step_by_graph(generation_config, generation_mode) and not obstacle:
+            # Of fixed size like every state of ours, so it costs nothing.
+            model_kwargs["past_key_values"] = StaticCache(self.config, max_cache_len=self.config.sliding_window)
+        else:
+            if is_default and obstacle:
+                logger.info_once(f"Decoding steps are not recorded as a CUDA graph: {obstacle}.")
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             return
@@ -930,6 +1047,30 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
                 "would count twice. Leave out `past_key_values`, or decode without a draft."
             )
 
+    def _can_step_by_graph(self, generation_config, generation_mode) -> bool:
+        """Whether this call of `generate` decodes by steps that `DecodeGraphs` can record."""
+        return (
+            generation_mode in _STEPWISE
+            and generation_config.use_cache is not False
+            and not generation_config.is_assistant
+            and not generation_config.disable_compile
+            and not generation_config.output_attentions
+            and not generation_config.output_hidden_states
+            and self.config._attn_implementation in ("sdpa", "eager")
+        )
+
+    def get_compiled_call(self, compile_config):
+        """
+        Called by `generate` with a static cache, the default on CUDA: the decoding step, recorded as a CUDA graph. An
+        explicit `compile_config` gets what it asks for; `disable_compile=True` turns either off.
+        """
+        if compile_config is not None or obstacle_to_graphs(self):
+            return super().get_compiled_call(compile_config)
+        if self._decode_graphs is None:
+            self._decode_graphs = DecodeGraphs(self)
+        self._decode_graphs.refresh()
+        return self._decode_graphs
+
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """Called by `generate` before every forward."""
         if next_sequence_length is not None and next_sequence_length < 1:
@@ -938,9 +1079,40 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
                 "Pass the whole text, of which the cache has seen the beginning, or the new tokens alone with an "
                 "`attention_mask` for the whole."
             )
+        if next_sequence_length == 1 and self._decode_graphs is not None:
+            inputs = self._step_inputs(input_ids, **kwargs)
+            if inputs is not None:
+                return inputs
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _step_inputs(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        position_ids=None,
+        is_first_iteration=False,
+        **kwargs,
+    ) -> dict | None:
+        """
+        The inputs for `DecodeGraphs`: of all that has been generated, the last token and what belongs to it. The GPU
+        waits for this at every step.
+        """
+        if is_first_iteration or position_ids is None or kwargs.keys() - {"use_cache", "logits_to_keep"}:
+            return None
+        if not isinstance(past_key_values, StaticCache) or not all(map(has_begun, past_key_values.layers)):
+            return None
+        input_ids = input_ids[:, -1:]
+        exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -1:]
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids[:, -1:],
+            "attention_mask": step_masks(exists == 1),
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused before it changes the model: its pages hold keys and values, not a recurrent state."""

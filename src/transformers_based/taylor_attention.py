@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Second-order Taylor linear attention: the maths in plain PyTorch, and the one place that picks fused or plain.
+"""Second-order Taylor linear attention: the maths in plain PyTorch, and the front that takes fused or plain.
 
 Layout
     query, key [B, T, H, D]   value [B, T, H, V]   mask [B, T] (0: the token does not exist)
@@ -12,29 +12,19 @@ Maths (arXiv 2402.18668, section 4.1; `TaylorExp` and `LinearAttention` in the o
     x~_a x~_b for each pair a <= b: (D + 1)(D + 2) / 2 of them (153 for D = 16), padded with zeros to a multiple of 8.
 """
 
-import os
 from itertools import pairwise
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import logging
 
+from .backend import based_kernels, choose_backend
 
-try:
-    import based_kernels
-except ImportError:
-    based_kernels = None
-
-
-# Below "transformers", so that its verbosity settings apply.
-logger = logging.get_logger(f"transformers.{__name__}")
 
 # Tokens handled at once by the chunked form: weights pair by pair within a chunk, through the state between chunks. 128
 # balances the two for the released models (examples/benchmark_cpu.py).
 CHUNK_SIZE = 128
 # How many tokens the lazy step may keep beside the state.
 PENDING_SIZES = (16, 32, 64)
-BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
 
 
 def num_features(feature_dim: int) -> int:
@@ -423,6 +413,11 @@ def _check_pending(pending_keys, pending_values, num_pending, query, value):
             raise ValueError(f"`{name}` must be {dtype}; got {tensor.dtype}.")
 
 
+def is_lazy_step_faster(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these `[B, 1, H, D]` are to go through `taylor_attention_lazy_step`, not `taylor_attention_step`."""
+    return not torch.compiler.is_compiling() and _backend(query, value) == "triton"
+
+
 def _check(query, key, value, scale, mask):
     if query.ndim != 4 or query.shape[1] == 0:
         raise ValueError(f"`query` must be [B, T, H, D] with T >= 1; got {tuple(query.shape)}.")
@@ -453,46 +448,12 @@ def _backend(query: torch.Tensor, value: torch.Tensor) -> str:
     return _choose_backend(query.device.type, str(query.dtype), query.shape[-1], value.shape[-1])
 
 
-_logged = set()
-
-
 @torch.compiler.assume_constant_result
 def _choose_backend(device: str, dtype: str, feature_dim: int, head_dim: int) -> str:
-    """'triton' or 'torch' for tensors of this kind, the reason logged the first time."""
-    wanted = os.environ.get(BACKEND_VARIABLE, "auto")
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"{BACKEND_VARIABLE} must be auto, torch or triton; got {wanted!r}.")
-    obstacle = _obstacle_to_triton(device, dtype, feature_dim, head_dim)
-    if wanted == "auto" and not obstacle and device != "cuda":
-        obstacle = f"Triton's interpreter on {device} is for tests"
-    if wanted == "triton" and obstacle:
-        raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Set it to auto or torch.")
-    choice = "torch" if wanted == "torch" or obstacle else "triton"
-    reason = f"{BACKEND_VARIABLE}={wanted}" if wanted != "auto" else obstacle or "fused kernels are installed"
-    if (choice, reason) not in _logged:
-        _logged.add((choice, reason))
-        log = logger.warning if choice == "torch" and device == "cuda" and wanted == "auto" else logger.info
-        log(f"Taylor attention runs in {'plain PyTorch' if choice == 'torch' else 'Triton'}: {reason}.")
-    return choice
-
-
-def _obstacle_to_triton(device: str, dtype: str, feature_dim: int, head_dim: int) -> str | None:
-    if based_kernels is None:
-        return "the package `based_kernels` is not installed"
-    if not based_kernels.is_available():
-        return "triton is not installed"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device}"
-    if device == "cuda" and torch.cuda.is_available():
-        if torch.version.hip is not None:
-            return "the kernels have never run on an AMD GPU"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "the kernels need a GPU of compute capability 8.0 or more"
-    if dtype not in ("torch.float32", "torch.float16", "torch.bfloat16"):
-        return f"the kernels do not take {dtype}"
+    obstacle = None
     if feature_dim > 32 or feature_dim % 8 or head_dim > 256 or head_dim % 8:
-        return (
+        obstacle = (
             f"the kernels take a feature_dim of 8 to 32 and a head_dim of 8 to 256 in steps of 8, not {feature_dim} "
             f"and {head_dim}"
         )
-    return None
+    return choose_backend("Taylor attention", device, dtype, obstacle)

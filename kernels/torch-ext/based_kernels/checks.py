@@ -251,7 +251,9 @@ def check_lazy_step_inputs(query, key, value, state, pending_keys, pending_value
         raise TypeError(f"pending_keys: got {type(pending_keys).__name__}, a tensor fits")
     N = pending_keys.shape[2] if pending_keys.dim() == 4 else None
     if N not in PENDING_SIZES:
-        f"pending_keys: got shape {tuple(pending_keys.shape)}, [{B}, {H}, N, {D}] with N 16, 32 or 64 fits"
+        raise ValueError(
+            f"pending_keys: got shape {tuple(pending_keys.shape)}, [{B}, {H}, N, {D}] with N 16, 32 or 64 fits"
+        )
     for name, x, dim, dtype in (
         ("pending_keys", pending_keys, (N, D), key.dtype),
         ("pending_values", pending_values, (N, value.shape[3]), key.dtype),
@@ -267,10 +269,14 @@ def check_lazy_step_inputs(query, key, value, state, pending_keys, pending_value
     for name, x in (("state", state), ("pending_keys", pending_keys), ("pending_values", pending_values)):
         outer = zip(x.shape[:2], x.stride()[:2])
         if x.stride()[2:] != (x.shape[3], 1) or any(size > 1 and (step == 0 or step % 8) for size, step in outer):
-            f"{name}: got strides {x.stride()}, contiguous last two dimensions and multiples of 8 before them fit: "
-            "it is updated in place"
+            raise ValueError(
+                f"{name}: got strides {x.stride()}, contiguous last two dimensions and multiples of 8 before them fit: "
+                "it is updated in place"
+            )
     if not num_pending.is_contiguous():
-        f"num_pending: got strides {num_pending.stride()}, a contiguous tensor fits: it is updated in place"
+        raise ValueError(
+            f"num_pending: got strides {num_pending.stride()}, a contiguous tensor fits: it is updated in place"
+        )
     return scale
 
 

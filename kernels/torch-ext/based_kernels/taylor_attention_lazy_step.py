@@ -265,7 +265,7 @@ def taylor_attention_lazy_step(
     """
     scale = check_lazy_step_inputs(query, key, value, state, pending_keys, pending_values, num_pending, scale, mask)
     if mask is not None:
-        mask = (mask != 0).to(torch.int8).contiguous()
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     return _taylor_attention_lazy_step(
         vector_rows(query),
         vector_rows(key),

@@ -170,5 +170,5 @@ def taylor_attention_step(query, key, value, state, *, scale=None, mask=None):
     """
     scale = check_step_inputs(query, key, value, state, scale, mask)
     if mask is not None:
-        mask = (mask != 0).to(torch.int8).contiguous()
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     return _taylor_attention_step(vector_rows(query), vector_rows(key), vector_rows(value), state, scale, mask)

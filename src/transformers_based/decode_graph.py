@@ -1,0 +1,231 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""A decoding step as a CUDA graph, so that `generate` does not wait for the CPU to launch some five hundred kernels.
+
+The cache of a model is of fixed size, so one graph serves every position, prompt length and call with the same batch
+size. A graph works on tensors at fixed addresses, its home; a cache moves in with its first step (one copy) and the one
+that lived there moves out, if somebody still holds it. So any number of caches may take turns, at the price of a copy.
+
+A graph repeats what was recorded. It is thrown away when anything that it depends on is no longer as it was then, and
+models with parts that may act differently from call to call (adapters, hooks, quantized weights) are not recorded.
+"""
+
+import gc
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .backend import backend_wanted
+from .cache_based import TaylorCacheLayer, WindowCacheLayer
+from .step_ops import lay_side_by_side
+
+
+# Below "transformers", so that its verbosity settings apply.
+logger = logging.get_logger(f"transformers.{__name__}")
+
+# Batch sizes whose graphs are kept; each keeps the state of one batch.
+MAX_GRAPHS = 4
+
+# What can record.
+_DEVICES = ("cuda",)
+
+# Modules of these Python packages do the same at every call.
+_KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.models.llama.", f"{__package__}.")
+
+
+class DecodeGraphs:
+    """
+    Called in place of a model: replays a graph for a decoding step, and calls the model for everything else. The first
+    step of a batch size runs as usual, the second is recorded.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._graphs: OrderedDict[int, _Graph | None] = OrderedDict()
+        self._fingerprint = None
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo):
+        # A copy of the model makes its own.
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def refresh(self) -> None:
+        """Throws the graphs away if the model, or what decides how it runs, has changed. Called once a `generate`."""
+        fingerprint = _fingerprint(self._model())
+        if fingerprint != self._fingerprint:
+            self._graphs.clear()
+            self._fingerprint = fingerprint
+
+    def __call__(self, **inputs) -> CausalLMOutputWithPast:
+        with self._lock:
+            step = _Step.of(inputs)
+            if step is None:
+                return self._model()(**inputs)
+            batch = step.input_ids.shape[0]
+            if batch not in self._graphs:
+                self._graphs[batch] = None
+                if len(self._graphs) > MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                return self._model()(**inputs)
+            self._graphs.move_to_end(batch)
+            if self._graphs[batch] is None:
+                lay_side_by_side(self._model())
+                self._fingerprint = _fingerprint(self._model())
+                self._graphs[batch] = _Graph(self._model(), step)
+            return self._graphs[batch].run(step)
+
+
+class _Step:
+    """The inputs of a step that a graph can do: one token a row, on a cache whose layers have begun."""
+
+    def __init__(self, input_ids, position_ids, exists, cache):
+        self.input_ids, self.position_ids, self.exists, self.cache = input_ids, position_ids, exists, cache
+
+    @classmethod
+    def of(cls, inputs: dict) -> "_Step | None":
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        input_ids, position_ids = inputs.pop("input_ids", None), inputs.pop("position_ids", None)
+        cache, masks = inputs.pop("past_key_values", None), inputs.pop("attention_mask", None)
+        # What changes nothing here; anything else asks for more than logits.
+        harmless = {"use_cache": (True,), "return_dict": (True,), "logits_to_keep": (0, 1)}
+        if any(name not in harmless or value not in harmless[name] for name, value in inputs.items()):
+            return None
+        if input_ids is None or position_ids is None or input_ids.shape[1] != 1 or not isinstance(cache, Cache):
+            return None
+        if not all(has_begun(layer) for layer in cache.layers):
+            return None
+        # [B, 1], made by `create_masks_for_generate`; None if every row exists
+        exists = masks["conv"] if isinstance(masks, dict) else None
+        if exists is None:
+            exists = torch.ones_like(input_ids, dtype=torch.bool)
+        return cls(input_ids, position_ids.expand_as(input_ids), exists, cache)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.input_ids, self.position_ids, self.exists
+
+
+class _Graph:
+    def __init__(self, model: nn.Module, step: _Step):
+        self._inputs = [x.clone() for x in step.tensors]
+        # The cache that brings the first step lives at home from the start.
+        self._home = [_tensors(layer) for layer in step.cache.layers]
+        self._tenant = weakref.ref(step.cache)
+        input_ids, position_ids, exists = self._inputs
+
+        def forward():
+            return model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=step_masks(exists),
+                past_key_values=step.cache,
+                defers_sums=True,
+            ).logits
+
+        self._replay, self._logits = record(forward, model.device)
+        # Recording told the layers of a token, but did not do it.
+        for layer in step.cache.layers:
+            layer.count(-1)
+
+    def run(self, step: _Step) -> CausalLMOutputWithPast:
+        self._move_in(step.cache)
+        for held, new in zip(self._inputs, step.tensors):
+            held.copy_(new)
+        self._replay()
+        for layer in step.cache.layers:
+            layer.count(1)
+        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+    def _move_in(self, cache: Cache) -> None:
+        if all(_lives_at(layer, home) for layer, home in zip(cache.layers, self._home)):
+            return
+        tenant = self._tenant()
+        if tenant is not None:
+            for layer, home in zip(tenant.layers, self._home):
+                if _lives_at(layer, home):
+                    _move(layer, {name: x.clone() for name, x in home.items()})
+        for layer, home in zip(cache.layers, self._home):
+            tensors = _tensors(layer)
+            for name, x in home.items():
+                # A cache that has made no step yet has no tokens waiting.
+                x.copy_(tensors[name]) if name in tensors else x.zero_()
+            _move(layer, home)
+        self._tenant = weakref.ref(cache)
+
+
+def step_masks(exists: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """What the layers need to know of padding where there is one token `[B, 1]` a row, on a cache of ours."""
+    return {"conv": exists, "linear_attention": exists, "sliding_attention": exists, "key_order": None}
+
+
+def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+    """A function that does what `forward` does, and the tensor where it leaves the result."""
+    graph = torch.cuda.CUDAGraph()
+    gc.collect()
+    # Other threads (a server's, a streamer's) may go on using the GPU meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = forward()
+    return graph.replay, output
+
+
+def has_begun(layer) -> bool:
+    """Whether a layer of a cache is one of ours that holds tokens and need not remember how to give them back."""
+    if isinstance(layer, TaylorCacheLayer):
+        return layer.has_previous_state[0] and not layer.record_past
+    return isinstance(layer, WindowCacheLayer) and layer.is_initialized
+
+
+def _tensors(layer) -> dict[str, torch.Tensor]:
+    if isinstance(layer, TaylorCacheLayer):
+        return {"state": layer.recurrent_states[0], **layer.pending}
+    return {"keys": layer.keys, "values": layer.values, "seen": layer.seen}
+
+
+def _lives_at(layer, home: dict[str, torch.Tensor]) -> bool:
+    tensors = _tensors(layer)
+    return all(x is tensors.get(name) for name, x in home.items())
+
+
+def _move(layer, tensors: dict[str, torch.Tensor]) -> None:
+    if isinstance(layer, TaylorCacheLayer):
+        layer.recurrent_states[0] = tensors["state"]
+        layer.pending = {name: x for name, x in tensors.items() if name != "state"}
+    else:
+        layer.keys, layer.values, layer.seen = tensors["keys"], tensors["values"], tensors["seen"]
+
+
+def obstacle_to_graphs(model: nn.Module) -> str | None:
+    """Why a step of this model cannot be recorded, if so."""
+    if model.device.type not in _DEVICES:
+        return f"the model is on {model.device.type}"
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(_KNOWN):
+            return f"{name or 'the model'} is a {type(module).__module__}.{type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} has hooks"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.device != model.device:
+            return f"{name} is a {type(parameter).__name__} on {parameter.device}"
+    return None
+
+
+def _fingerprint(model: nn.Module) -> tuple:
+    """What a recorded step depends on, beside the values of the weights."""
+    return (
+        tuple((x.data_ptr(), x.dtype, x.shape) for x in (*model.parameters(), *model.buffers())),
+        tuple((type(module), module.training) for module in model.modules()),
+        repr(model.config),
+        backend_wanted(),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -1,0 +1,170 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""What a decoding step does beside the Taylor attention, each op in plain PyTorch and, where it is faster, fused.
+
+    project                  [x W_1, x W_2, ...]
+    rms_norm                 x = hidden_states + residual;  weight * x / sqrt(mean(x^2) + eps)
+    swiglu                   silu(gate) * up
+    gated_short_conv_step    state := [state, u][1:];  silu(sum_k weight_k state_k) * g          of [B, 1, C]
+    sliding_attention_step   softmax attention of one rotated token [B, 1, H, D] to the ring of its window
+
+The fused ones have no backward: they run where no gradient is asked for.
+"""
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import rotate_half
+
+from .backend import based_kernels, choose_backend
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _is_fused(op: str, x: torch.Tensor) -> bool:
+    return not torch.is_grad_enabled() and _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
+
+
+@torch.compiler.assume_constant_result
+def _choose_backend(op: str, device: str, dtype: str) -> str:
+    return choose_backend(op, device, dtype)
+
+
+def _is_short(x: torch.Tensor) -> bool:
+    """Triton's interpreter, on the CPU, takes a second for a hundred rows."""
+    return x.device.type == "cuda" or x.numel() <= 16 * x.shape[-1]
+
+
+def project(x: torch.Tensor, *projections: nn.Module) -> tuple[torch.Tensor, ...]:
+    """What each of several `nn.Linear` makes of `x`; in one product if `lay_side_by_side` has put their weights so."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _are_side_by_side(projections):
+        return tuple(projection(x) for projection in projections)
+    first, sizes = projections[0].weight, [projection.out_features for projection in projections]
+    weight = first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))
+    return nn.functional.linear(x, weight).split(sizes, dim=-1)
+
+
+def _are_side_by_side(projections: tuple[nn.Module, ...]) -> bool:
+    address = storage = None
+    for projection in projections:
+        # Adapters and quantized layers have other types, and hooks must be called.
+        if type(projection) is not nn.Linear or projection.bias is not None:
+            return False
+        if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
+            return False
+        weight = projection.weight
+        here = weight.untyped_storage().data_ptr()
+        if address is not None and (weight.data_ptr() != address or here != storage):
+            return False
+        address, storage = weight.data_ptr() + weight.nbytes, here
+    return True
+
+
+def lay_side_by_side(model: nn.Module) -> None:
+    """
+    Puts the weights of projections that share an input (`shares_input` of a module names them) behind one another in
+    memory. The parameters stay what and where they are; only the addresses of their values change.
+    """
+    for module in model.modules():
+        projections = tuple(getattr(module, name) for name in getattr(module, "shares_input", ()))
+        if projections and not _are_side_by_side(projections):
+            weights = [projection.weight for projection in projections]
+            merged = torch.cat([weight.data for weight in weights])
+            for weight, part in zip(weights, merged.split([weight.shape[0] for weight in weights])):
+                weight.data = part
+
+
+def rms_norm(
+    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    RMSNorm of `[B, T, C]`, in fp32 or better, after adding `residual` if there is one.
+
+    Returns:
+        The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
+    """
+    if _is_short(hidden_states) and _is_fused("RMSNorm", hidden_states):
+        return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual)
+    if residual is not None:
+        hidden_states = residual + hidden_states
+    x = hidden_states.to(at_least_fp32(hidden_states.dtype))
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (weight * x).to(weight.dtype), hidden_states
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of `[B, T, C]`."""
+    if _is_short(gate) and _is_fused("SwiGLU", gate):
+        return based_kernels.swiglu(gate, up)
+    return nn.functional.silu(gate) * up
+
+
+def can_step_fused(x: torch.Tensor) -> bool:
+    """Whether `gated_short_conv_step` is to be used for `x` `[B, 1, C]`, in place of the convolution for any length."""
+    return x.shape[1] == 1 and _is_fused("the gated short convolution", x)
+
+
+def gated_short_conv_step(
+    projected: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    One token of the gated short convolution, fused; its plain form is `BasedShortConv` of modeling_based.py.
+
+    Args:
+        projected: `[B, 1, 2C]`, the input u and the gate g side by side.
+        weight: `[C, K]`.
+        state: `[B, K - 1, C]`, the last inputs, oldest first; changed in place.
+        mask: `[B, 1]`; a row with 0 leaves its state as it is, and its output is 0.
+
+    Returns:
+        `[B, 1, C]` in the dtype of `projected`.
+    """
+    return based_kernels.gated_short_conv_step(projected, weight, state, mask=mask)
+
+
+def sliding_attention_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    One token of sliding-window attention with rotary: writes its key and value into the ring, **in place**, and attends
+    to the last W tokens of the row, itself included.
+
+    Args:
+        query, key, value: `[B, 1, H, D]`, key and value with H / G heads for groups of G; not rotated.
+        cos, sin: `[B or 1, 1, D]`, fp32, of the token's position.
+        keys, values, seen: see `WindowCacheLayer`.
+        mask: `[B, 1]`; a row with 0 leaves its ring as it is, and its output is 0.
+
+    Returns:
+        `[B, 1, H, D]` in the dtype of `value`.
+
+    Source: arXiv 2402.18668, section 4.2; `based/models/mixers/slide_attention.py` of the original code.
+    """
+    if _is_fused("sliding-window attention", value):
+        return based_kernels.sliding_attention_step(
+            query, key, value, cos, sin, keys, values, seen, scale=scale, mask=mask
+        )
+    query, key = ((x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]).to(value.dtype) for x in (query, key))
+    window = keys.shape[2]
+    exists = torch.ones_like(seen[:, :1], dtype=torch.bool) if mask is None else mask.bool()
+    # [B, H, 1, D]: in a row that does not exist the slot gets what it holds
+    slot = (seen % window)[..., None, None].expand(-1, -1, 1, keys.shape[3])
+    for ring, new in ((keys, key), (values, value)):
+        ring.scatter_(2, slot, torch.where(exists[..., None, None], new.transpose(1, 2), ring.gather(2, slot)))
+    seen.add_(exists)
+    visible = torch.arange(window, device=seen.device) < seen[..., None]  # [B, H, W]
+    dtype = at_least_fp32(value.dtype)
+    query = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1)).squeeze(3).to(dtype)  # [B, H, G, D]
+    scores = (query @ keys.transpose(2, 3).to(dtype) * scale).masked_fill(~visible[:, :, None], float("-inf"))
+    output = scores.softmax(dim=-1).masked_fill(~exists[..., None, None], 0) @ values.to(dtype)
+    return output.flatten(1, 2)[:, None].to(value.dtype)

@@ -1,0 +1,296 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""Decoding steps recorded as a CUDA graph: `generate` gives what it gives without, whatever happens between two steps.
+
+Without a GPU the recorder is a stand-in that, like a graph, knows nothing but the addresses of its tensors.
+"""
+
+import copy
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import StaticCache, TextIteratorStreamer, TextStreamer
+from transformers.generation import GenerationMixin, StoppingCriteria
+from word_tokenizer import word_tokenizer
+
+from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph
+
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def replays(monkeypatch):
+    """A list that grows by one with each replay of a graph."""
+    log, record = [], decode_graph.record
+
+    def counting(forward, device):
+        replay, output = (record if GPU else stand_in)(forward, device)
+
+        def counted():
+            log.append(1)
+            replay()
+
+        return counted, output
+
+    monkeypatch.setattr(decode_graph, "record", counting)
+    if not GPU:
+        init = decode_graph._Graph.__init__
+
+        def stand_in(forward, device):
+            return record_without_gpu(forward, cache_at_hand[-1])
+
+        def remembering(graph, model, step):
+            cache_at_hand.append(step.cache)
+            init(graph, model, step)
+
+        cache_at_hand = []
+        monkeypatch.setattr(decode_graph._Graph, "__init__", remembering)
+        monkeypatch.setattr(decode_graph, "_DEVICES", ("cpu",))
+        monkeypatch.setattr(
+            GenerationMixin,
+            "_valid_auto_compile_criteria",
+            lambda self, kwargs, config: (
+                isinstance(kwargs.get("past_key_values"), StaticCache) and not config.disable_compile
+            ),
+        )
+    return log
+
+
+def record_without_gpu(forward, cache):
+    """Runs `forward` on the tensors that the layers hold now, whatever they hold later, and not before a replay."""
+    home = [decode_graph._tensors(layer) for layer in cache.layers]
+    layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        if isinstance(layer, TaylorCacheLayer):
+            layer.recurrent_states = dict(layer.recurrent_states)
+
+    @contextmanager
+    def at_home():
+        away, cache.layers = cache.layers, [copy.copy(layer) for layer in layers]
+        yield
+        cache.layers = away
+
+    before = [{name: x.clone() for name, x in tensors.items()} for tensors in home]
+    output = forward()
+    for tensors, values in zip(home, before):
+        for name, x in tensors.items():
+            x.copy_(values[name])
+    output = torch.full_like(output, float("nan"))
+
+    def replay():
+        with at_home():
+            output.copy_(forward())
+
+    return replay, output
+
+
+@pytest.fixture
+def model(based_tiny):
+    based_tiny.generation_config.pad_token_id = 0
+    return based_tiny.to(DEVICE)
+
+
+def prompt(batch=2, length=11, seed=0):
+    return torch.randint(1, 500, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def plainly(model, ids, **options):
+    return model.generate(ids, disable_compile=True, **options)
+
+
+class StopAtLength(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 17, device=input_ids.device)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"stopping_criteria": [StopAtLength()]},
+        {"repetition_penalty": 1.3, "num_beams": 2, "do_sample": True},
+    ],
+    ids=lambda options: " ".join(options) or "greedy",
+)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_tokens_are_those_of_the_plain_path(model, replays, options, padding):
+    ids = prompt()
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, **options}
+    tokens = []
+    for generate in (plainly, BasedForCausalLM.generate):
+        torch.manual_seed(0)
+        tokens.append(generate(model, ids, **arguments))
+    assert torch.equal(*tokens)
+    # The prefill, one step as usual, the others from the graph; transformers has no place for one in a beam search.
+    assert len(replays) == (0 if "num_beams" in options else 4 if "stopping_criteria" in options else 10)
+
+
+def test_logits_are_those_of_the_plain_path(model):
+    options = {"max_new_tokens": 100, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    plain, fast = plainly(model, prompt(), **options), model.generate(prompt(), **options)
+    torch.testing.assert_close(torch.stack(fast.logits), torch.stack(plain.logits), atol=2e-4, rtol=0)
+    assert torch.equal(fast.sequences, plain.sequences)
+
+
+def test_one_graph_serves_all_lengths_and_calls(model, replays, monkeypatch):
+    records, record = [], decode_graph.record
+    monkeypatch.setattr(decode_graph, "record", lambda *arguments: records.append(1) or record(*arguments))
+    for length, new in ((5, 9), (40, 3), (1, 20)):
+        expected = plainly(model, prompt(2, length), max_new_tokens=new, do_sample=False)
+        assert torch.equal(model.generate(prompt(2, length), max_new_tokens=new, do_sample=False), expected)
+    assert len(records) == 1
+    assert len(replays) == 7 + 2 + 19
+    for batch in (1, 3, 4, 5, 1, 2):
+        expected = plainly(model, prompt(batch), max_new_tokens=6, do_sample=False)
+        assert torch.equal(model.generate(prompt(batch), max_new_tokens=6, do_sample=False), expected)
+    # Batches of 1, 3, 4, 5 push out that of 2.
+    assert len(records) == 1 + 4 + 1
+    assert len(model._decode_graphs._graphs) == decode_graph.MAX_GRAPHS
+
+
+def test_conversations_take_turns(model):
+    """Each goes on from its returned cache, though all of them pass through one graph."""
+    turns = [[prompt(1, 7, seed=10 * talk + turn) for turn in range(3)] for talk in range(3)]
+    texts, caches = [torch.empty(1, 0, dtype=torch.long, device=DEVICE)] * 3, [None] * 3
+    for turn in range(3):
+        for talk in range(3):
+            ids = torch.cat([texts[talk], turns[talk][turn]], dim=1)
+            options = {"past_key_values": caches[talk]} if turn else {}
+            output = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **options)
+            texts[talk], caches[talk] = output.sequences, output.past_key_values
+            assert torch.equal(output.sequences, plainly(model, ids, max_new_tokens=5, do_sample=False))
+    copied = copy.deepcopy(caches[2])
+    expected = model(prompt(1, 3), past_key_values=copied).logits
+    model.generate(prompt(1, 4), max_new_tokens=4)
+    assert torch.equal(model(prompt(1, 3), past_key_values=caches[2]).logits, expected)
+
+
+def test_weights_may_change(model):
+    options = {"max_new_tokens": 8, "do_sample": False}
+    model.generate(prompt(), **options)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(3)
+    assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(
+        *reversed(model.model.layers[0].mlp.up_proj.weight.shape), bias=False
+    ).to(DEVICE)
+    assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
+    model.to(torch.bfloat16)
+    assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
+
+
+def test_what_may_act_differently_is_not_recorded(model, replays):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    calls = []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(prompt(), **options)
+    assert len(calls) == 6
+    assert not replays
+    handle.remove()
+
+    class Adapter(torch.nn.Linear):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    plain = model.model.layers[0].mlp.down_proj
+    adapter = Adapter(plain.in_features, plain.out_features, bias=False).to(DEVICE)
+    adapter.weight = plain.weight
+    model.model.layers[0].mlp.down_proj = adapter
+    first = model.generate(prompt(), **options)
+    Adapter.scale = -2.0
+    assert not torch.equal(model.generate(prompt(), **options), first)
+    assert not replays
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"disable_compile": True},
+        {"cache_implementation": "dynamic"},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_turned_off(model, replays, options):
+    if "output_attentions" in options:
+        model.set_attn_implementation("eager")
+    output = model.generate(
+        prompt(1), max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
+    )
+    assert not replays
+    assert len(output.sequences[0]) == 17
+    if "output_hidden_states" in options:
+        assert len(output.hidden_states) == 6
+    if "output_attentions" in options:
+        assert output.attentions[-1][0] is not None
+
+
+def test_streaming(model, replays):
+    tokenizer = word_tokenizer()
+    ids = prompt(1)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs={**options, "streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text.split() == tokenizer.decode(plainly(model, ids, **options)[0, 11:]).split()
+    assert len(replays) == 10
+    model.generate(ids, streamer=TextStreamer(tokenizer), **options)
+
+
+def test_two_threads(model):
+    """Their caches take turns in the graph, step by step."""
+    options = {"max_new_tokens": 30, "do_sample": False}
+    expected = [plainly(model, prompt(seed=seed), **options) for seed in range(3)]
+    model.generate(prompt(), max_new_tokens=4)
+    results = [None] * 3
+
+    def run(seed):
+        results[seed] = model.generate(prompt(seed=seed), **options)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(results, expected))
+
+
+def test_a_model_with_graphs_is_copied_and_saved(model, tmp_path):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(prompt(), **options)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.mul_(-1)
+    assert not torch.equal(twin.generate(prompt(), **options), expected)
+    assert torch.equal(model.generate(prompt(), **options), expected)
+    torch.save(model, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(loaded.generate(prompt(), **options), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        BasedForCausalLM.from_pretrained(tmp_path / "saved").to(DEVICE).generate(prompt(), **options), expected
+    )
+
+
+@pytest.mark.parametrize("layer_types", [["conv", "linear_attention"], ["sliding_attention"]])
+def test_any_mixers(tiny_model, layer_types, replays):
+    model = tiny_model(layer_types=layer_types, pad_token_id=0).to(DEVICE)
+    ids = prompt() % 97
+    options = {"max_new_tokens": 15, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), plainly(model, ids, **options))
+    assert len(replays) == 13
