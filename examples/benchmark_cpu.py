@@ -1,5 +1,6 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Plain-PyTorch Based on a CPU: chunked Taylor attention against the quadratic form, and the cost of a cached step.
+"""Plain-PyTorch Based on a CPU: chunked Taylor attention against the quadratic form, and the cost of a cached step
+behind few and many tokens, beside a Llama of equal size.
 
     python examples/benchmark_cpu.py
 
@@ -8,19 +9,24 @@ Nothing is timed before it is right: both forms against the quadratic one in fp6
 
 import argparse
 import copy
+import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
+from model_shapes import build, llama_like
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from transformers_based import BasedForCausalLM, taylor_attention
 
 
 SMALL_MODEL = Path(__file__).resolve().parent.parent / "tests" / "reference" / "based-tiny"
 FEATURE_DIM, HEAD_DIM = 16, 64
+# Steps taken with one copy of a cache, and tokens that are read at once before.
+STEPS, PIECE = 9, 1024
 
 
 def quadratic(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -72,34 +78,57 @@ def compare_forms(tokens: int, heads: int, repeats: int) -> None:
     print(f"chunked is {times[quadratic] / times[chunked]:.1f} times faster\n")
 
 
-def compare_positions(positions: list[int], repeats: int) -> None:
-    model = BasedForCausalLM.from_pretrained(SMALL_MODEL).eval()
-    vocab_size = model.config.unpadded_vocab_size
-    ids = torch.randint(vocab_size, (1, max(positions) + 1), generator=torch.Generator().manual_seed(0))
-    full = model(ids, use_cache=False).logits
-    print(f"One cached step of {SMALL_MODEL.name}, batch 1")
-    print(f"{'position':>12}{'error':>16}{'ms':>12}")
-    caches, differences, times = {}, {}, {position: [] for position in positions}
-    for position in positions:
-        caches[position] = model(ids[:, :position], logits_to_keep=1).past_key_values
-
-    def step(position: int) -> tuple[float, torch.Tensor]:
-        cache = copy.deepcopy(caches[position])
+def take_steps(
+    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, position: int
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Seconds and logits of the steps from `position` on, on a copy of the cache."""
+    cache = copy.deepcopy(cache)
+    for i in range(position, position + STEPS):
         start = time.perf_counter()
-        logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, 0]
-        return time.perf_counter() - start, logits
+        logits = model(ids[:, i : i + 1], past_key_values=cache).logits[:, 0]
+        yield time.perf_counter() - start, logits
 
-    for position in positions:
-        expected = full[:, position]
-        differences[position] = float((step(position)[1] - expected).abs().max() / expected.abs().max())
-        if not differences[position] < 1e-3:
-            sys.exit(f"The step at position {position} is off by {differences[position]:.1e}: not timed.")
-    # In turns, so that whatever else the machine does hits every position alike.
-    for _ in range(repeats):
+
+def compare_positions(positions: list[int], repeats: int) -> None:
+    """A step of each model behind so many tokens; Llama's cache grows as in `generate()`, or is static (its length)."""
+    based = BasedForCausalLM.from_pretrained(SMALL_MODEL).eval()
+    models = {"Based": based, "Llama": build(llama_like(based.config))}
+    sizes = ", ".join(f"{name} {model.num_parameters():,}" for name, model in models.items())
+    print(f"One cached step, batch 1, fp32; parameters: {sizes}")
+    vocab_size = based.config.unpadded_vocab_size
+    ids = torch.randint(vocab_size, (1, max(positions) + STEPS), generator=torch.Generator().manual_seed(0))
+    caches, differences, times = {}, {}, {}
+    for name, model in models.items():
+        full = model(ids, use_cache=False).logits[0]
         for position in positions:
-            times[position].append(step(position)[0])
+            kinds = {name: DynamicCache(config=model.config)}
+            if name == "Llama":
+                kinds["Llama, static"] = StaticCache(config=model.config, max_cache_len=position + STEPS)
+            for kind, cache in kinds.items():
+                for start in range(0, position, PIECE):
+                    model(ids[:, start : min(start + PIECE, position)], past_key_values=cache, logits_to_keep=1)
+                caches[kind, position] = model, cache
+                expected = full[position : position + STEPS]
+                logits = torch.cat([logits for _, logits in take_steps(model, cache, ids, position)])
+                differences[kind, position] = float((logits - expected).abs().max() / expected.abs().max())
+                if not differences[kind, position] < 1e-3:
+                    off = f"{differences[kind, position]:.1e}"
+                    sys.exit(f"The step of {kind} at position {position} is off by {off}: not timed.")
+    # In turns, so that whatever else the machine does hits all alike; shuffled, so that none always follows another.
+    for turn in range(repeats):
+        for key in random.Random(turn).sample(list(caches), len(caches)):
+            # The first steps find the processor's caches full of what was timed before.
+            times.setdefault(key, []).extend(lasted for lasted, _ in list(take_steps(*caches[key], ids, key[1]))[2:])
+    print(f"{'':14}{'position':>10}{'error':>12}{'ms':>10}")
+    for kind, position in sorted(caches):
+        error, ms = differences[kind, position], median(times[kind, position]) * 1e3
+        print(f"{kind:14}{position:>10,}{error:>12.1e}{ms:>10.2f}")
+    first, last = (median(times["Based", position]) for position in (min(positions), max(positions)))
+    print(f"\nA step of Based at position {max(positions):,} takes {last / first:.2f} of one at {min(positions):,}.")
     for position in positions:
-        print(f"{position:>12,}{differences[position]:>16.1e}{median(times[position]) * 1e3:>12.2f}")
+        for kind in ("Llama", "Llama, static"):
+            ratio = median(times[kind, position]) / median(times["Based", position])
+            print(f"At position {position:,} a step of {kind} takes {ratio:.2f} of one of Based.")
 
 
 @torch.inference_mode()
@@ -107,12 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times plain-PyTorch Based on a CPU.")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--positions", type=int, nargs="+", default=[100, 10_000])
+    parser.add_argument("--positions", type=int, nargs="+", default=[256, 4096, 16_000])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     compare_forms(args.tokens, args.heads, args.repeats)
-    compare_positions(args.positions, 20 * args.repeats)
+    compare_positions(args.positions, 4 * args.repeats)
 
 
 if __name__ == "__main__":

@@ -110,11 +110,3 @@ def test_shared_prefix_prints_the_time_saved(tmp_path):
     # The program itself compares each answer with one from reading the document anew.
     assert re.findall(r"^(\w+\?)  ->  b", output, re.MULTILINE) == ["Who?", "What?", "Why?"]
     assert re.search(r"^Time saved: -?[\d.]+ s, -?\d+ percent", output, re.MULTILINE)
-
-
-def test_benchmark_verifies_and_prints_a_table():
-    options = ("--tokens", "256", "--heads", "2", "--positions", "20", "300", "--repeats", "1")
-    output = run_python("examples/benchmark_cpu.py", *options).stdout
-    for row in ("quadratic", "chunked", "20", "300"):
-        assert re.search(rf"^\s*{row}\s+\d\.\de-\d\d\s+[\d.]+$", output, re.MULTILINE), output
-    assert re.search(r"chunked is [\d.]+ times faster", output)
