@@ -168,7 +168,7 @@ def test_best_batch_is_halved_where_memory_runs_out_and_a_failure_costs_one_cell
 
 def test_what_does_not_fit_is_named(program, settings, monkeypatch):
     monkeypatch.setattr(program, "verify", lambda shape, device: {})
-    monkeypatch.setattr(program, "free_bytes", lambda device: 150_000)
+    monkeypatch.setattr(program, "free_bytes", lambda device: 1_000_000)
     run = program.Run(settings(batches=[1, 100], largest_batch=64, positions=[], without_llama=True))
     run.shape("tiny")
     (left_out,) = run.results["left_out"]
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_named(program, settings, monkeypatch):
     best = run.results["cells"][-1]
     bench = program.ModelRun(run, "tiny", "based")
     assert best["best"]
-    assert bench.bytes_for("default", best["batch"]) <= 0.92 * 150_000 < bench.bytes_for("default", best["batch"] + 1)
+    assert bench.bytes_for("default", best["batch"]) <= 0.92 * 1_000_000 < bench.bytes_for("default", best["batch"] + 1)
 
 
 def test_what_comes_too_late_is_named_and_reported_without_matplotlib(program, settings, monkeypatch, capsys):
