@@ -10,11 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import StaticCache, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationMixin, StoppingCriteria
 from word_tokenizer import word_tokenizer
 
-from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph
+from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, step_ops
 
 
 GPU = torch.cuda.is_available()
@@ -183,7 +184,7 @@ def test_weights_may_change(model):
         *reversed(model.model.layers[0].mlp.up_proj.weight.shape), bias=False
     ).to(DEVICE)
     assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
-    model.to(torch.bfloat16)
+    model.to(torch.float64)
     assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
 
 
@@ -236,6 +237,39 @@ def test_turned_off(model, replays, options):
         assert len(output.hidden_states) == 6
     if "output_attentions" in options:
         assert output.attentions[-1][0] is not None
+
+
+def test_in_and_out_of_inference_mode(model, replays):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = plainly(model, prompt(), **options)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(prompt(), **options), expected)
+    assert torch.equal(model.generate(prompt(), **options), expected)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(prompt(), **options), expected)
+    assert len(replays) == 4 + 5 + 5
+    model.train()
+    model(prompt(), labels=prompt()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_projections_lie_side_by_side(model, tmp_path):
+    """Names, values and files stay as they are."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.generate(prompt(), max_new_tokens=4)
+    mlp = model.model.layers[0].mlp
+    assert mlp.up_proj.weight.data_ptr() == mlp.gate_proj.weight.data_ptr() + mlp.gate_proj.weight.nbytes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    x = torch.randn(2, 1, model.config.hidden_size, device=DEVICE)
+    with torch.no_grad():
+        together = step_ops.project(x, mlp.gate_proj, mlp.up_proj)
+        assert together[0].untyped_storage().data_ptr() == together[1].untyped_storage().data_ptr()
+        torch.testing.assert_close(together, (mlp.gate_proj(x), mlp.up_proj(x)), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    save_file(model.model.layers.state_dict(), tmp_path / "layers.safetensors")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(value, before[name].cpu()) for name, value in saved.items())
+    assert len(saved) == len(before) - 1  # the tied head
 
 
 def test_streaming(model, replays):

@@ -279,7 +279,7 @@ BAD = [
     ("state", lambda x: x[..., :45], ValueError, ValueError),
     ("state", lambda x: x.mT.contiguous().mT, ValueError, None),
     ("state", lambda x: x.new_zeros(2, 2, 17 * 48 + 4)[..., 4:].unflatten(-1, (17, 48)), ValueError, None),
-    ("state", lambda x: x[:, :1].expand(2, 2, 17, 48), ValueError, None),
+    ("state", lambda x: x[:, :1].expand(2, 2, 17, 48), ValueError, ValueError),
     ("pending_keys", lambda x: x[:, :, :12], ValueError, ValueError),
     ("pending_keys", lambda x: x[0], ValueError, ValueError),
     ("pending_keys", lambda x: x.half(), TypeError, ValueError),

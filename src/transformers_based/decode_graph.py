@@ -60,10 +60,11 @@ class DecodeGraphs:
 
     def refresh(self) -> None:
         """Throws the graphs away if the model, or what decides how it runs, has changed. Called once a `generate`."""
-        fingerprint = _fingerprint(self._model())
-        if fingerprint != self._fingerprint:
-            self._graphs.clear()
-            self._fingerprint = fingerprint
+        with self._lock:
+            fingerprint = _fingerprint(self._model())
+            if fingerprint != self._fingerprint:
+                self._graphs.clear()
+                self._fingerprint = fingerprint
 
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
         with self._lock:
@@ -78,9 +79,11 @@ class DecodeGraphs:
                 return self._model()(**inputs)
             self._graphs.move_to_end(batch)
             if self._graphs[batch] is None:
-                lay_side_by_side(self._model())
-                self._fingerprint = _fingerprint(self._model())
-                self._graphs[batch] = _Graph(self._model(), step)
+                # What is made in `torch.inference_mode` cannot be changed outside of it, and this outlives it.
+                with torch.inference_mode(False), torch.no_grad():
+                    lay_side_by_side(self._model())
+                    self._fingerprint = _fingerprint(self._model())
+                    self._graphs[batch] = _Graph(self._model(), step)
             return self._graphs[batch].run(step)
 
 
@@ -118,7 +121,10 @@ class _Graph:
     def __init__(self, model: nn.Module, step: _Step):
         self._inputs = [x.clone() for x in step.tensors]
         # The cache that brings the first step lives at home from the start.
-        self._home = [_tensors(layer) for layer in step.cache.layers]
+        self._home = []
+        for layer in step.cache.layers:
+            self._home.append({name: x.clone() if x.is_inference() else x for name, x in _tensors(layer).items()})
+            _move(layer, self._home[-1])
         self._tenant = weakref.ref(step.cache)
         input_ids, position_ids, exists = self._inputs
 
@@ -146,7 +152,7 @@ class _Graph:
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
 
     def _move_in(self, cache: Cache) -> None:
-        if all(_lives_at(layer, home) for layer, home in zip(cache.layers, self._home)):
+        if all(map(_lives_at, cache.layers, self._home)):
             return
         tenant = self._tenant()
         if tenant is not None:
@@ -191,8 +197,13 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
 
 
 def _lives_at(layer, home: dict[str, torch.Tensor]) -> bool:
-    tensors = _tensors(layer)
-    return all(x is tensors.get(name) for name, x in home.items())
+    # The GPU waits for this at every step.
+    if isinstance(layer, TaylorCacheLayer):
+        pending = layer.pending
+        return layer.recurrent_states[0] is home["state"] and all(
+            pending.get(x) is home[x] for x in home if x != "state"
+        )
+    return layer.keys is home["keys"] and layer.values is home["values"] and layer.seen is home["seen"]
 
 
 def _move(layer, tensors: dict[str, torch.Tensor]) -> None:

@@ -389,7 +389,7 @@ def taylor_attention_lazy_step(
     if query.shape[1] != 1:
         raise ValueError(f"`taylor_attention_lazy_step` takes one token; `query` has {query.shape[1]}.")
     _check_state("state", state, query, value, None)
-    _check_pending(pending_keys, pending_values, num_pending, query, value)
+    _check_pending(state, pending_keys, pending_values, num_pending, query, value)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask != 0
     is_plain = _backend(query, value) == "torch"
@@ -397,7 +397,7 @@ def taylor_attention_lazy_step(
     return op(query, key, value, state, pending_keys, pending_values, num_pending, scale=scale, mask=mask)
 
 
-def _check_pending(pending_keys, pending_values, num_pending, query, value):
+def _check_pending(state, pending_keys, pending_values, num_pending, query, value):
     batch, _, heads, feature_dim = query.shape
     size = pending_keys.shape[2] if pending_keys.ndim == 4 else None
     if size not in PENDING_SIZES:
@@ -411,6 +411,9 @@ def _check_pending(pending_keys, pending_values, num_pending, query, value):
             raise ValueError(f"`{name}` must be {(batch, heads, *last)}; got {tuple(tensor.shape)}.")
         if tensor.dtype != dtype:
             raise ValueError(f"`{name}` must be {dtype}; got {tensor.dtype}.")
+    for name, tensor in (("state", state), ("pending_keys", pending_keys), ("pending_values", pending_values)):
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+            raise ValueError(f"`{name}` is changed in place and must not be expanded; got strides {tensor.stride()}.")
 
 
 def is_lazy_step_faster(query: torch.Tensor, value: torch.Tensor) -> bool:
