@@ -137,6 +137,8 @@ def torch_taylor_attention(
     return output, state if output_final_state else None
 
 
+# Every batch has documents of other lengths, each of which would be compiled anew.
+@torch.compiler.disable
 def _packed(query, key, value, scale, mask, cu_seqlens, initial_state, output_final_state):
     """Documents one after the other: equal, to the bit, to separate calls."""
     bounds = cu_seqlens.tolist()
