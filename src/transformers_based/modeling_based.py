@@ -496,7 +496,8 @@ def _make_masks(
         if past_key_values is not None:
             num_keys, offset = layer.get_mask_sizes(length)
             past_length = num_keys - length
-        moves = looks and _has_padding_behind_tokens(attention_mask)
+        # A compiled graph cannot ask: training reorders in any case. What `generate` compiles has a static cache.
+        moves = _has_padding_behind_tokens(attention_mask) if looks else layer is None and attention_mask is not None
         if moves:
             if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
                 raise ValueError(
