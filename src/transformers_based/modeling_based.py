@@ -614,6 +614,28 @@ def _same_document(document_ids: torch.Tensor) -> Callable:
     return mask_function
 
 
+def _checked_bounds(
+    inputs_embeds: torch.Tensor, cu_seq_lens_q: torch.Tensor | None, cu_seq_lens_k: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The bounds of the packed documents, `None` without."""
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        return None
+    batch, length = inputs_embeds.shape[:2]
+    bounds, of_keys = (x.tolist() if x is not None else None for x in (cu_seq_lens_q, cu_seq_lens_k))
+    if bounds is None or of_keys not in (None, bounds):
+        raise ValueError(
+            "`cu_seq_lens_k` must be `cu_seq_lens_q`, since a document's keys are its own tokens; got "
+            f"`cu_seq_lens_q` {bounds} and `cu_seq_lens_k` {of_keys}."
+        )
+    rises = cu_seq_lens_q.ndim == 1 and all(a < b for a, b in pairwise(bounds))
+    if batch != 1 or not rises or bounds[:1] != [0] or bounds[-1:] != [length]:
+        raise ValueError(
+            f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
+            f"{bounds} and {batch} rows."
+        )
+    return cu_seq_lens_q
+
+
 def _packed_documents(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -627,12 +649,6 @@ def _packed_documents(
     """
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
     if cu_seq_lens is not None:
-        bounds = cu_seq_lens.tolist()
-        if batch != 1 or bounds[:1] != [0] or bounds[-1:] != [length] or any(a >= b for a, b in pairwise(bounds)):
-            raise ValueError(
-                f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
-                f"{bounds} and {batch} rows."
-            )
         seq_idx = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
@@ -877,13 +893,17 @@ class BasedModel(BasedPreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else None
         documents = None
         if masks is None:
-            documents = _packed_documents(
-                inputs_embeds, attention_mask, position_ids, seq_idx, kwargs.get("cu_seq_lens_q")
-            )
+            bounds = _checked_bounds(inputs_embeds, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+            documents = _packed_documents(inputs_embeds, attention_mask, position_ids, seq_idx, bounds)
         if documents is not None and past_key_values is not None:
             raise ValueError(
                 "Packed documents (`cu_seq_lens_q`, `seq_idx` or restarting `position_ids`) leave no one state to go "
                 "on from: call the model without `past_key_values`, or with one document a row."
+            )
+        if past_key_values is not None and self.training and self.gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing runs each layer twice, which `past_key_values` cannot follow: train without a "
+                "cache, or call `model.gradient_checkpointing_disable()`."
             )
         if use_cache and past_key_values is None and documents is None:
             past_key_values = DynamicCache(config=self.config)
@@ -1003,6 +1023,11 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"`labels` must be [batch, tokens] = {tuple(logits.shape[:2])}, one for each of the logits; got "
+                    f"{tuple(labels.shape)}."
+                )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
