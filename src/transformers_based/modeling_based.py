@@ -31,6 +31,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import (
@@ -622,16 +623,17 @@ def _checked_bounds(
         return None
     batch, length = inputs_embeds.shape[:2]
     bounds, of_keys = (x.tolist() if x is not None else None for x in (cu_seq_lens_q, cu_seq_lens_k))
-    if bounds is None or of_keys not in (None, bounds):
+    if bounds is not None:
+        rises = cu_seq_lens_q.ndim == 1 and all(a < b for a, b in pairwise(bounds))
+        if batch != 1 or not rises or bounds[:1] != [0] or bounds[-1:] != [length]:
+            raise ValueError(
+                f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
+                f"{bounds} and {batch} rows."
+            )
+    if of_keys not in (None, bounds):
         raise ValueError(
             "`cu_seq_lens_k` must be `cu_seq_lens_q`, since a document's keys are its own tokens; got "
             f"`cu_seq_lens_q` {bounds} and `cu_seq_lens_k` {of_keys}."
-        )
-    rises = cu_seq_lens_q.ndim == 1 and all(a < b for a, b in pairwise(bounds))
-    if batch != 1 or not rises or bounds[:1] != [0] or bounds[-1:] != [length]:
-        raise ValueError(
-            f"`cu_seq_lens_q` must rise from 0 to the number of tokens ({length}) of a batch of one row; got "
-            f"{bounds} and {batch} rows."
         )
     return cu_seq_lens_q
 
@@ -648,11 +650,11 @@ def _packed_documents(
     token that exists; `None` if each row is one document.
     """
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
+    if seq_idx is not None and seq_idx.shape != (batch, length):
+        raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
     if cu_seq_lens is not None:
         seq_idx = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
     if seq_idx is not None:
-        if seq_idx.shape != (batch, length):
-            raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
         starts = seq_idx[:, 1:] != seq_idx[:, :-1]
     elif position_ids is not None and length > 1:
         before = position_ids[:, :-1]
@@ -996,9 +998,13 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            As in [`BasedModel`]. Named here too: Trainer drops the columns of a dataset that the forward does not name.
+
         Example:
 
         ```python
@@ -1017,6 +1023,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1180,5 +1187,7 @@ AUTO_CLASSES = {
     "AutoModelForTokenClassification": BasedForTokenClassification,
     "AutoModelForQuestionAnswering": BasedForQuestionAnswering,
 }
+# Trainer's label smoothing shifts labels for the classes it finds here; all others it would train to copy their input.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[BasedConfig.model_type] = BasedForCausalLM.__name__
 
 __all__ = ["BasedPreTrainedModel", *(model_class.__name__ for model_class in AUTO_CLASSES.values())]
