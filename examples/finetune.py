@@ -1,10 +1,15 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tunes a Based model on a text file with transformers' Trainer.
+"""Fine-tunes a Based model with transformers' Trainer on a text file, a file of records, or a dataset of the Hub.
 
-    python examples/finetune.py --model hazyresearch/based-360m --tokenizer openai-community/gpt2 --train-file any.txt
+    python examples/finetune.py --model hazyresearch/based-360m --tokenizer openai-community/gpt2 \\
+        --dataset roneneldan/TinyStories --max-steps 1000 --packing --bf16 --save-steps 200
 
-Measures the perplexity of held-out text before and after, saves, loads again and generates. A model without a tokenizer
-reads bytes: token i is byte i, and 256 ends a text.
+Every text is cut in pieces of at most `--block-size` tokens, its end marked by the end-of-text token; each piece is a
+document of its own. Measures the loss per token of held-out pieces before, during and after, draws the curves, saves,
+loads again and generates. With `--save-steps` an interrupted run goes on with `--resume`, to the same weights.
+A model without a tokenizer reads bytes: token i is byte i, and 256 ends a text.
+
+Needs `pip install ".[train,plot]"`; several GPUs take `accelerate launch` in place of `python`.
 """
 
 import argparse
@@ -13,20 +18,31 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_token
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorWithFlattening,
+    EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_based import BasedForCausalLM
 
 
+try:
+    from datasets import Dataset, DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
+except ImportError:
+    sys.exit('examples/finetune.py needs the `datasets` library: pip install ".[train]"')
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = ROOT / "tests" / "reference" / "based-tiny"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Bytes:
@@ -34,8 +50,8 @@ class Bytes:
 
     eos_token_id = 256
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def __call__(self, texts: list[str], **_) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(text.encode()) for text in texts]}
 
     def decode(self, ids) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode(errors="replace")
@@ -48,101 +64,281 @@ def find_tokenizer(name: str | None, model: str, vocab_size: int) -> PreTrainedT
     except (OSError, ValueError) as error:
         if name is not None or vocab_size < 257:
             sys.exit(f"No tokenizer in {name or model}: {str(error).splitlines()[0]} Choose one with --tokenizer.")
-    print(f"{model} has no tokenizer: reading bytes as tokens. Another one can be named with --tokenizer.")
     return Bytes()
 
 
-def read_blocks(path: Path, tokenizer, block_size: int) -> torch.Tensor:
-    """The text as `[blocks, block_size]` token ids; what does not fill a block at the end is left out."""
-    ids = torch.tensor([*tokenizer.encode(path.read_text(encoding="utf-8")), tokenizer.eos_token_id])
-    blocks = len(ids) // block_size
-    if blocks < 2:
-        sys.exit(f"{path} has {len(ids)} tokens: too few for two blocks of {block_size}. Lower --block-size.")
-    return ids[: blocks * block_size].view(blocks, block_size)
+def read_texts(args: argparse.Namespace) -> Dataset:
+    """A row for every text, in the column `args.text_column`."""
+    source = args.dataset or args.train_file
+    if args.dataset is None and not args.train_file.is_file():
+        sys.exit(f"There is no file {source}: choose one with --train-file, or a dataset of the Hub with --dataset.")
+    try:
+        if args.dataset is not None:
+            texts = load_dataset(args.dataset, args.dataset_config, split=args.split)
+        elif format := FORMATS.get(source.suffix):
+            texts = load_dataset(format, data_files=str(source), split="train")
+        else:
+            texts = load_dataset("text", data_files=str(source), sample_by="document", split="train")
+            args.text_column = "text"
+    except (DatasetsError, OSError, ValueError) as error:
+        sys.exit(f"{source} cannot be read as a dataset: {error}".splitlines()[0])
+    if args.text_column not in texts.column_names:
+        sys.exit(f"{source} has no column {args.text_column!r}: choose --text-column from {texts.column_names}.")
+    if len(texts) and not isinstance(texts[0][args.text_column], str):
+        sys.exit(f"The column {args.text_column!r} of {source} holds no text: {texts[0][args.text_column]!r:.60}")
+    return texts
 
 
-def as_dataset(blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": block, "labels": block} for block in blocks]
+def cut_in_pieces(texts: Dataset, tokenizer, args: argparse.Namespace) -> DatasetDict:
+    """`input_ids` of at most `args.block_size` tokens; those at the end of the texts are held out, as "test"."""
+
+    def cut(batch):
+        texts = [text or "" for text in batch[args.text_column]]
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        size = args.block_size
+        whole = [[*row, tokenizer.eos_token_id] for row in ids]
+        pieces = [row[start : start + size] for row in whole for start in range(0, len(row), size)]
+        # Of a token alone nothing is predicted.
+        return {"input_ids": [piece for piece in pieces if len(piece) > 1]}
+
+    pieces = texts.map(cut, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
+    if len(pieces) < 2:
+        sys.exit(f"{args.dataset or args.train_file} has too few tokens for two pieces. Lower --block-size.")
+    return pieces.train_test_split(max(1, round(args.held_out * len(pieces))), shuffle=False)
 
 
-def perplexity(trainer: Trainer, when: str) -> float:
-    loss = trainer.evaluate()["eval_loss"]
-    print(f"Held-out text {when}: loss {loss:.3f}, perplexity {math.exp(loss):,.1f}")
-    return loss
+def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """`[B, T]` each, padded on the right."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    columns = {"input_ids": (ids, 0), "labels": (ids, -100), "attention_mask": ([torch.ones_like(x) for x in ids], 0)}
+    return {
+        name: pad_sequence(tensors, batch_first=True, padding_value=fill) for name, (tensors, fill) in columns.items()
+    }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fine-tunes a Based model on a text file.")
+class PackingTrainer(Trainer):
+    """Trains on batches without padding, all pieces in one row; evaluates on padded ones, a row for each piece."""
+
+    def get_train_dataloader(self):
+        padding, self.data_collator = self.data_collator, DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padding
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`[B, T - 1]`: what evaluation keeps of the logits."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+
+
+def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """Trainer's own `eval_loss` is a mean over batches, however many tokens they have."""
+    losses = prediction.predictions[prediction.label_ids[:, 1:] != -100]
+    return {"token_loss": float(losses.mean(dtype=float))}
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def add_lora(model: BasedForCausalLM, args: argparse.Namespace):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        sys.exit('--lora needs the `peft` library: pip install ".[train]"')
+    head = model.get_output_embeddings()
+    linear = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear) and x is not head]
+    known = {name.rpartition(".")[2] for name in linear}
+    if unknown := sorted(set(args.lora_targets or ()) - known):
+        sys.exit(f"--lora-targets: the model has no layer {', '.join(unknown)}, but {', '.join(sorted(known))}.")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora,
+        lora_alpha=2 * args.lora,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets or "all-linear",
+    )
+    return get_peft_model(model, config)
+
+
+def load_again(args: argparse.Namespace):
+    """What was saved, as a user loads it."""
+    if not args.lora:
+        return BasedForCausalLM.from_pretrained(args.output_dir)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(BasedForCausalLM.from_pretrained(args.model), args.output_dir)
+
+
+def draw(history: list[dict[str, float]], path: Path) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print('No plot of the losses without matplotlib: pip install ".[plot]"')
+        return
+    figure, axes = pyplot.subplots()
+    for name, label in (("loss", "training"), ("eval_token_loss", "held out")):
+        entries = [entry for entry in history if name in entry]
+        axes.plot([x["step"] for x in entries], [x[name] for x in entries], marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss per token")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"Losses drawn to {path}.")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fine-tunes a Based model.")
     parser.add_argument("--model", default=str(SMALL_MODEL), help="folder or Hub id, in either layout")
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the model's own, else bytes)")
-    parser.add_argument("--train-file", type=Path, default=ROOT / "README.md", help="any text (default: the README)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/finetuned"))
-    parser.add_argument("--epochs", type=float, default=10.0)
-    parser.add_argument("--max-steps", type=int, default=-1, help="overrules --epochs where positive")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--block-size", type=int, default=128, help="tokens in a row")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows in a batch")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the text that is only evaluated on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay as they are")
     parser.add_argument("--prompt", default="Based is", help="to generate from at the end")
-    return parser.parse_args()
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result, as you/name")
+
+    data = parser.add_argument_group("data")
+    help = "text, or records in .json, .jsonl, .csv or .parquet (default: the README)"
+    data.add_argument("--train-file", type=Path, default=ROOT / "README.md", help=help)
+    data.add_argument("--dataset", help="folder or Hub id of a dataset, in place of --train-file")
+    data.add_argument("--dataset-config", help="which of several it holds")
+    data.add_argument("--split", default="train", help='of the dataset; "train[:1%%]" is a part of it')
+    data.add_argument("--text-column", default="text", help="where the texts are in records")
+    data.add_argument("--block-size", type=int, default=128, help="most tokens in a piece")
+    data.add_argument("--held-out", type=float, default=0.1, help="share of the pieces that is only evaluated on")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=float, default=10.0)
+    training.add_argument("--max-steps", type=int, default=-1, help="overrules --epochs where positive")
+    training.add_argument("--learning-rate", type=float, default=1e-3)
+    training.add_argument("--batch-size", type=int, default=8, help="pieces in a batch, on each device")
+    training.add_argument("--accumulate", type=int, default=1, help="batches in a step")
+    training.add_argument("--packing", action="store_true", help="no padding: the pieces of a batch share a row")
+    training.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank only")
+    training.add_argument("--lora-targets", nargs="+", metavar="LAYER", help="such as q_proj (default: all linear)")
+    training.add_argument("--lora-dropout", type=float, default=0.0)
+    training.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay as they are")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    training.add_argument("--eval-steps", type=int, default=100, help="steps from one evaluation to the next")
+    training.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next (default: none)")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_arguments()
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=10,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        bf16=args.bf16,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        eval_on_start=not args.resume,
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        save_total_limit=2,
+        push_to_hub=args.push_to_hub is not None,
+        hub_model_id=args.push_to_hub,
+        hub_strategy="end",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=args.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        **(checkpointing if args.gradient_checkpointing else {}),
+    )
+
+
+def find_checkpoint(args: argparse.Namespace) -> str | None:
+    found = get_last_checkpoint(str(args.output_dir)) if args.output_dir.is_dir() else None
+    if args.resume and found is None:
+        sys.exit(f"No checkpoint to go on from in {args.output_dir}: start without --resume, with --save-steps.")
+    if found is not None and not args.resume:
+        sys.exit(f"{found} is of an earlier run: go on from it with --resume, or choose another --output-dir.")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    checkpoint = find_checkpoint(args)
+    if args.push_to_hub and get_token() is None:
+        sys.exit("--push-to-hub needs a login: run `hf auth login` first.")
     set_seed(args.seed)
+    options = training_arguments(args)
+    if args.packing and options.n_gpu > 1:
+        sys.exit("Packed batches cannot be split over GPUs: start with `accelerate launch` in place of `python`.")
     model = BasedForCausalLM.from_pretrained(args.model)
     tokenizer = find_tokenizer(args.tokenizer, args.model, model.config.vocab_size)
-    blocks = read_blocks(args.train_file, tokenizer, args.block_size)
-    held_out = max(1, round(args.held_out * len(blocks)))
-    print(f"{args.train_file}: {len(blocks) - held_out} blocks of {args.block_size} tokens, {held_out} more held out.")
+    with options.main_process_first(desc="reading the texts"):
+        pieces = cut_in_pieces(read_texts(args), tokenizer, args)
+    if args.lora:
+        model = add_lora(model, args)
+    is_main = options.process_index == 0
+    if is_main:
+        if isinstance(tokenizer, Bytes):
+            print(f"{args.model} has no tokenizer: reading bytes as tokens. Another one can be named with --tokenizer.")
+        lengths = [len(ids) for ids in pieces["train"].with_format("numpy")["input_ids"]]
+        mean = sum(lengths) / len(lengths)
+        print(f"{len(lengths):,} pieces of {mean:.0f} tokens on average, {len(pieces['test']):,} more held out.")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{trained:,} of {model.num_parameters():,} weights are trained.")
+
+    trainer = (PackingTrainer if args.packing else Trainer)(
+        model=model,
+        args=options,
+        data_collator=pad,
+        train_dataset=pieces["train"],
+        eval_dataset=pieces["test"],
+        processing_class=None if isinstance(tokenizer, Bytes) else tokenizer,
+        compute_metrics=mean_over_tokens,
+        preprocess_logits_for_metrics=token_losses,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()["eval_token_loss"]
+    before = next(entry["eval_token_loss"] for entry in trainer.state.log_history if "eval_token_loss" in entry)
+    if is_main:
+        draw(trainer.state.log_history, args.output_dir / "loss.png")
+    # Uploads as well where that was asked for.
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
 
     trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output_dir),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            learning_rate=args.learning_rate,
-            warmup_steps=10,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            prediction_loss_only=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=args.seed,
-            bf16=args.bf16,
-            use_cpu=not torch.accelerator.is_available(),
-        ),
-        train_dataset=as_dataset(blocks[:-held_out]),
-        eval_dataset=as_dataset(blocks[-held_out:]),
+        load_again(args),
+        options,
+        data_collator=pad,
+        eval_dataset=pieces["test"],
+        compute_metrics=mean_over_tokens,
+        preprocess_logits_for_metrics=token_losses,
     )
-    before = perplexity(trainer, "before")
-    trainer.train()
-    after = perplexity(trainer, "after")
-
-    trainer.save_model()
-    if not isinstance(tokenizer, Bytes):
-        tokenizer.save_pretrained(args.output_dir)
-    model = AutoModelForCausalLM.from_pretrained(args.output_dir)
-    print(f"Saved to {args.output_dir} and loaded again.")
-    again = perplexity(Trainer(model, trainer.args, eval_dataset=trainer.eval_dataset), "by the saved model")
+    again = trainer.evaluate()["eval_token_loss"]
     if not math.isclose(after, again, rel_tol=1e-3):
-        sys.exit("The saved model is not the trained one.")
+        sys.exit(f"The saved model is not the trained one: loss {again:.4f}, not {after:.4f}.")
+    if not is_main:
+        return
+    print(f"Saved to {args.output_dir} and loaded again.")
+    for when, loss in (("before", before), ("after", after), ("by the saved model", again)):
+        print(f"Held-out text {when}: loss {loss:.3f}, perplexity {perplexity(loss):,.1f}")
 
-    prompt = torch.tensor([tokenizer.encode(args.prompt)], device=model.device)
+    model = trainer.model
+    prompt = torch.tensor(tokenizer([args.prompt])["input_ids"], device=model.device)
     output = model.generate(
-        prompt,
+        input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=80,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
     print(f"\nIt goes on like this:\n{tokenizer.decode(output[0])}")
-    print(f"\nLoss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):,.1f} -> {math.exp(after):,.1f}")
+    print(f"\nLoss {before:.3f} -> {after:.3f}, perplexity {perplexity(before):,.1f} -> {perplexity(after):,.1f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""A tokenizer for the reference checkpoint, which has none: id 17 is the word `w17`, so text and ids say the same."""
+"""
+Tokenizers for the reference checkpoint, which has none. Of words: id 17 is `w17`, so text and ids say the same. Of
+bytes: for plain text.
+"""
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from transformers_based import BasedForCausalLM
@@ -25,6 +28,15 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, chat_template=CHAT_TEMPLATE
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 tokens and an end of text."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**alphabet, "<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def save_checkpoint(source: Path, folder: Path) -> Path:
