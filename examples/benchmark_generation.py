@@ -60,12 +60,12 @@ def random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options):
-    """Greedy, exactly `new_tokens`."""
+    """Greedy, exactly `new_tokens`: without a token that ends a text, and the passes over the logits to suppress it."""
+    model.generation_config.eos_token_id = None
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
         **options,

@@ -328,3 +328,54 @@ def test_any_mixers(tiny_model, layer_types, replays):
     options = {"max_new_tokens": 15, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plainly(model, ids, **options))
     assert len(replays) == 13
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_the_plain_path(model, replays, dtype):
+    """Logits over 100 steps against fp64, beside the plain forward in the same dtype on the same tokens."""
+    exact = copy.deepcopy(model).double()
+    half = model.to(dtype)
+    output = half.generate(
+        prompt(), max_new_tokens=100, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    expected, plain = (m(output.sequences[:, :-1], use_cache=False).logits[:, 10:] for m in (exact, half))
+    assert len(replays) == 98
+    error, allowed = rms(torch.stack(output.logits, dim=1) - expected), rms(plain - expected)
+    assert error <= 1.1 * allowed
+    assert allowed < 0.1 * rms(expected)
+
+
+def test_runs_repeat_bit_by_bit(model):
+    options = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first, *others = (torch.stack(model.generate(prompt(), **options).logits) for _ in range(20 if GPU else 3))
+    # The first call takes its first steps otherwise; from the second on all are alike.
+    assert all(torch.equal(others[0], other) for other in others[1:])
+    torch.testing.assert_close(first, others[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+def test_gpu_512_steps_are_those_of_the_plain_path(model, replays):
+    options = {"max_new_tokens": 512, "do_sample": False}
+    assert torch.equal(model.generate(prompt(3), **options), plainly(model, prompt(3), **options))
+    assert len(replays) == 510
+
+
+@pytest.mark.gpu
+def test_gpu_4096_steps_allocate_nothing(model):
+    output = model.generate(prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    cache, graphs = output.past_key_values, model._decode_graphs
+    token, allocated = output.sequences[:, -1:], []
+    exists = torch.ones_like(token, dtype=torch.bool)
+    for i in range(4096):
+        inputs = {"input_ids": token, "position_ids": torch.full_like(token, 15 + i), "past_key_values": cache}
+        token = graphs(**inputs, attention_mask=decode_graph.step_masks(exists)).logits.argmax(-1)
+        if i in (9, 4095):
+            torch.cuda.synchronize()
+            allocated.append(torch.cuda.memory_allocated())
+    assert allocated[0] == allocated[1]
+    assert cache.get_seq_length() == 14 + 4096
