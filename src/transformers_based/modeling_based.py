@@ -47,6 +47,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
 from .decode_graph import DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
+from .integrations_based import register_integrations
 from .original_format import (
     UNREADABLE,
     config_from_original,
@@ -1189,5 +1190,7 @@ AUTO_CLASSES = {
 }
 # Trainer's label smoothing shifts labels for the classes it finds here; all others it would train to copy their input.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[BasedConfig.model_type] = BasedForCausalLM.__name__
+
+register_integrations()
 
 __all__ = ["BasedPreTrainedModel", *(model_class.__name__ for model_class in AUTO_CLASSES.values())]
