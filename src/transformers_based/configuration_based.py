@@ -75,7 +75,9 @@ class BasedConfig(PreTrainedConfig):
     model_type = "based"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 10000.0
-    # The short convolutions run whole on every rank; only the weights around them are shared out.
+    # Heads are shared out, and the MLP's columns. The short convolutions run whole on every rank, only the weights
+    # around them are shared out: `in_proj` holds u above g, so that plain column slices would give the first ranks all
+    # of u, and transformers' packed slices cut its bias in the plain way.
     base_model_tp_plan = {
         "layers.*.conv.in_proj": "colwise_gather_output",
         "layers.*.conv.out_proj": "colwise_gather_output",
@@ -90,11 +92,6 @@ class BasedConfig(PreTrainedConfig):
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 50264
@@ -189,6 +186,33 @@ class BasedConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) <= LARGEST_SIZE:
                 least = "positive" if not getattr(self, name) > 0 else f"at most {LARGEST_SIZE}"
                 raise ValueError(f"`{name}` must be {least}; got {getattr(self, name)}.")
+
+    def check_parallel_plan(self, tp_size: int, pp_size: int, tp_plan: Any) -> None:
+        """Raises `ValueError` if a model of this config cannot be cut up like this; asked before weights are read."""
+        if pp_size > 1:
+            raise ValueError(
+                f"`pp_size` is {pp_size}: a Based model cannot be cut into pipeline stages, since a cache that has "
+                "only some layers does not know its length. Use `tp_size` or `fsdp_size`."
+            )
+        if tp_size == 1:
+            return
+        heads = {
+            "linear_attention": ("linear_num_heads",),
+            "sliding_attention": ("num_attention_heads", "num_key_value_heads"),
+        }
+        for name in (name for layer_type in heads.keys() & set(self.layer_types) for name in heads[layer_type]):
+            if getattr(self, name) % tp_size:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, which `tp_size` {tp_size} does not divide: ranks share whole "
+                    "heads."
+                )
+        for name, style in tp_plan.items() if isinstance(tp_plan, dict) else ():
+            # What gathers, or cuts, for itself leaves the convolution whole; anything else would mix up u and g.
+            if ".conv." in f".{name}." and style not in ("colwise_gather_output", "rowwise_split_input", "replicate"):
+                raise ValueError(
+                    f"`tp_plan` has {style!r} for {name}: the short convolution needs all its channels on every rank. "
+                    'Use "colwise_gather_output", or leave it out.'
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -811,6 +811,14 @@ class BasedPreTrainedModel(PreTrainedModel):
         info["unexpected_keys"] = set(info["unexpected_keys"]) | set(dropped)
         return model, info
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """Called by transformers between building the model and reading its weights."""
+        if distributed_config is not None:
+            sizes = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
+            model.config.check_parallel_plan(*sizes, distributed_config.tp_plan)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As everywhere in transformers; the config also tells where each head is in the model code that goes along."""
         if self._auto_class is not None:
@@ -976,7 +984,6 @@ _STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: BasedConfig):
