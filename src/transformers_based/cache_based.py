@@ -115,7 +115,10 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         """Told the length of each forward; only `CountingTaylorCacheLayer` keeps it."""
 
     def record(self, fold: Callable, *tokens: torch.Tensor | None) -> None:
-        """Keeps this forward's `tokens` (each `[B, T, ...]` or `None`) so that `fold(state, *tokens)` can redo them."""
+        """
+        Told this forward's `tokens` (each `[B, T, ...]` or `None`) before `read`, and how `fold(state, *tokens)` makes
+        them part of a state; kept so that `crop` can redo them.
+        """
         if self.record_past:
             self.fold = fold
             self.recorded.append(tokens)

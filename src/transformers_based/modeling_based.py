@@ -241,8 +241,8 @@ class BasedShortConv(nn.Module):
         state = None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
-            state = layer.read(batch, past, channels)
             layer.record(partial(_conv_state, past), inputs, attention_mask)
+            state = layer.read(batch, past, channels)
             layer.count(length)
         if state is not None and can_step_fused(projected):
             return self.out_proj(gated_short_conv_step(projected, self.conv.weight.squeeze(1), state, attention_mask))

@@ -261,7 +261,7 @@ def taylor_state(
 ) -> torch.Tensor:
     """The state after `key` [B, T, H, D] and `value` [B, T, H, V], without any output: the state is a sum."""
     key, value = _hide(mask, key, value)
-    dtype = torch.float32 if state is None else state.dtype
+    dtype = torch.promote_types(key.dtype, torch.float32) if state is None else state.dtype
     for start in range(0, key.shape[1], CHUNK_SIZE):
         part = slice(start, start + CHUNK_SIZE)
         extended = _extend(value[:, part], None if mask is None else mask[:, part], dtype)
