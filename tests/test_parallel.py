@@ -1,0 +1,220 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""Two processes on one machine, over gloo, against one process: data, sharded, tensor and sequence parallelism."""
+
+import copy
+import re
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from parallel_worker import CHECKS, batches, document, make_optimizer, train, weights
+from programs import ROOT, load_program, run_python
+
+from transformers_based import BasedForCausalLM
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ENGINES = ("ddp", "fsdp2_of_accelerate", "fsdp2", "tensor_parallel", "zero3")
+CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture
+def base(tiny_model):
+    # transformers 5.17 wants a vocabulary that the ranks divide.
+    return tiny_model(vocab_size=96).double()
+
+
+@pytest.fixture
+def untrained(base):
+    return copy.deepcopy(base)
+
+
+@pytest.fixture
+def results(untrained, folder):
+    """Everything the two processes found; started for the first test that asks."""
+    if not (folder / "base").exists():
+        untrained.save_pretrained(folder / "base")
+        process = run_python(*TORCHRUN, "tests/parallel_worker.py", folder)
+        (folder / "output").write_text(process.stdout)
+    return {
+        check.__name__: [torch.load(folder / f"{check.__name__}.{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for check in CHECKS
+    }
+
+
+def of(results, check):
+    for rank, found in enumerate(results[check]):
+        if "error" in found:
+            pytest.fail(f"rank {rank}:\n{found['error']}")
+        if "missing" in found:
+            pytest.skip(f"{found['missing']}: pip install deepspeed")
+    return results[check]
+
+
+@pytest.fixture
+def alone(base, untrained):
+    """The losses of one process, and the model after its five steps."""
+    return train(base, make_optimizer(base)), base
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_five_steps_are_those_of_one_process(results, alone, untrained, engine):
+    losses, model = alone
+    # DeepSpeed computes in fp32, all others in fp64.
+    tolerance = 1e-5 if engine == "zero3" else 1e-9
+    found = of(results, engine)
+    for rank in (0, 1):
+        assert found[rank]["losses"] == pytest.approx(losses, rel=tolerance)
+    # ZeRO-3 gathers weights on the first rank only.
+    for rank in (0,) if engine == "zero3" else (0, 1):
+        assert found[rank]["weights"].keys() == weights(model).keys()
+        for name, wanted in weights(model).items():
+            got = found[rank]["weights"][name].double()
+            assert (got - wanted).norm() <= tolerance * wanted.norm(), name
+    # And every one of them has moved.
+    for name, x in weights(untrained).items():
+        assert (x - weights(model)[name]).norm() > 1e-3 * x.norm(), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_checkpoint_loads_in_one_process(results, alone, folder, engine):
+    of(results, engine)
+    _, model = alone
+    loaded = BasedForCausalLM.from_pretrained(folder / engine)
+    assert loaded.dtype == (torch.float32 if engine == "zero3" else torch.float64)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tolerance = 1e-4 if engine == "zero3" else 1e-8
+    with torch.no_grad():
+        ids = batches()[0]
+        expected = model.eval()(ids).logits
+        assert (loaded(ids).logits - expected).norm() <= tolerance * expected.norm()
+
+
+def test_what_is_sharded(results, base):
+    names = set(weights(base))
+    for engine in ("fsdp2", "fsdp2_of_accelerate"):
+        (found, _) = of(results, engine)
+        assert set(found["sharded"]) == names
+    (found, _) = of(results, "tensor_parallel")
+    # The taps of the convolutions are replicated, and the norms.
+    replicated = {name for name in names if "norm" in name or name.endswith("conv.conv.weight")}
+    # 5.17 leaves the embedding whole where it is tied to nothing that is sharded.
+    assert names - set(found["sharded"]) - {"model.embed_tokens.weight"} == replicated
+    rowwise = {name for name, placement in found["sharded"].items() if placement in ("S(1)", "Shard(dim=1)", "S(-1)")}
+    assert {name.rsplit(".", 2)[1] for name in rowwise} == {"o_proj", "down_proj"}
+
+
+def test_tensor_parallel_generates_the_same(results, alone):
+    _, model = alone
+    ids = batches()[0]
+    expected = model.eval().generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    for found in of(results, "tensor_parallel"):
+        for generated in found["generated"]:
+            assert torch.equal(generated, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(found["logits"], model(ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_an_original_checkpoint_is_shared_out_too(results):
+    for found in of(results, "original_checkpoint"):
+        assert found.keys() == {"tp_size", "fsdp_size"}
+        assert all(0 < difference < 2e-4 for difference in found.values())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_one_document_over_two_ranks(results, base, dtype, tolerance):
+    exact = base.train()
+    ids = document()
+    logits = exact(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    loss.backward()
+    parts = of(results, "sequence")
+    for found in parts:
+        found = found[str(dtype)]
+        assert found["loss"] == pytest.approx(loss.item(), rel=tolerance)
+        for name, x in exact.named_parameters():
+            assert (found["gradients"][name].double() - x.grad).norm() <= tolerance * x.grad.norm(), name
+            assert x.grad.any(), name
+    got = torch.cat([found["logits"] for found in parts], dim=1)
+    assert (got - logits).norm() <= 1e-5 * logits.norm()
+
+
+def test_what_does_not_work_says_so(results, base):
+    for found in of(results, "refusals"):
+        assert "pipeline stages" in found["pipeline"]
+        assert "packed_colwise" in found["packed"]
+        assert "conv.in_proj" in found["packed"]
+        assert "sideways" in found["style"]
+        assert "`linear_num_heads` is 3" in found["heads"]
+    for found in of(results, "sequence"):
+        assert "`sliding_window`" in found["short"]
+        assert "gradient_checkpointing" in found["checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, "num_key_value_heads"),
+        ({"num_attention_heads": 3, "head_dim": 8}, "num_attention_heads"),
+        ({"linear_num_heads": 5, "linear_head_dim": 8}, "linear_num_heads"),
+    ],
+)
+def test_heads_that_do_not_divide(tiny_config, overrides, name):
+    config = tiny_config(**overrides)
+    with pytest.raises(ValueError, match=rf"`{name}` is {overrides[name]}, which `tp_size` 2"):
+        config.check_parallel_plan(2, 1, "auto")
+    config.check_parallel_plan(1, 1, None)
+    # Only the mixers that are there.
+    tiny_config(**overrides, layer_types=["conv"]).check_parallel_plan(2, 1, "auto")
+
+
+def test_context_parallelism_of_accelerate_is_refused(tiny_model):
+    """It cuts the text as `examples/sequence_parallel.py` does, but tells only plain attention of the other parts."""
+    from accelerate.big_modeling import (
+        _attach_context_parallel_hooks,
+        _refuse_recurrent_layers_under_sequence_parallelism,
+    )
+
+    for refuse in (_attach_context_parallel_hooks, _refuse_recurrent_layers_under_sequence_parallelism):
+        with pytest.raises(ValueError, match="linear_attention"):
+            refuse(tiny_model())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_config(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[path.stem]
+    assert config.distributed_type == kind
+
+
+def test_accelerate_launches_the_finetuning(tmp_path):
+    """On two processes with `ddp.yaml`, on a CPU; the held-out text in whole batches of both."""
+    process = run_python(
+        *("-m", "accelerate.commands.launch", "--config_file", "examples/accelerate/ddp.yaml"),
+        *("examples/finetune.py", "--train-file", ROOT / "LICENSE", "--output-dir", tmp_path / "model"),
+        *("--max-steps", "20", "--block-size", "64", "--held-out", "0.181"),
+        ACCELERATE_USE_CPU="true",
+    )
+    losses = [float(x) for x in re.findall(r"Held-out text .*: loss ([\d.]+), perplexity", process.stdout)]
+    assert min(losses) < 0.6 * max(losses)
+    model = BasedForCausalLM.from_pretrained(tmp_path / "model")
+    text = torch.tensor([list((ROOT / "LICENSE").read_bytes()[:512])])
+    with torch.no_grad():
+        assert model(text, labels=text).loss < 0.6 * max(losses)
+
+
+def test_sequence_parallel_example_verifies_itself(results, folder):
+    output = (folder / "output").read_text()
+    assert "One process: loss" in output
+    assert re.search(r"^Step 1: loss [\d.]+", output, re.MULTILINE)
+
+
+def test_sequence_parallel_example_wants_torchrun():
+    with pytest.raises(SystemExit, match="torchrun"):
+        load_program("examples/sequence_parallel.py").main([])
