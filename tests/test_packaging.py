@@ -81,7 +81,7 @@ def test_metadata(installed):
     assert set(metadata.get_all("Provides-Extra")) == {"train", "eval", "serve", "plot", "test", "dev"}
     (own_extras,) = (re.search(r"\[(.+)\]", line)[1] for line in requirements if line.startswith("transformers-based"))
     # `make test` installs `dev`: without the others their tests would skip.
-    assert set(own_extras.split(",")) == {"eval", "plot", "serve", "test"}
+    assert set(own_extras.split(",")) == {"eval", "plot", "serve", "test", "train"}
 
 
 def test_editable_installation_finds_both_packages(tree):

@@ -167,17 +167,14 @@ def test_targets_that_do_not_exist(tiny_model):
 
 def test_remote_code_registers_too_and_the_hub_serves_adapters(based_tiny_path, tmp_path):
     """Nobody has installed this package; peft and Liger are imported after the model is built."""
-    push = f"""
-from transformers_based import BasedForCausalLM
-BasedForCausalLM.from_pretrained({str(based_tiny_path)!r}).push_to_hub("me/based")
-"""
-    adapt = """
+    BasedForCausalLM.from_pretrained(based_tiny_path).save_pretrained(tmp_path / "based")
+    adapt = f"""
 import sys
 sys.modules.update(dict.fromkeys("transformers_based based_kernels triton".split()))
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("me/based", trust_remote_code=True)
-assert not {"peft", "liger_kernel"} & set(sys.modules), "the model's code imports what it only registers with"
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "based")!r}, trust_remote_code=True)
+assert not {{"peft", "liger_kernel"}} & set(sys.modules), "the model's code imports what it only registers with"
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 ids = torch.arange(20)[None]
 with torch.no_grad():
@@ -189,8 +186,7 @@ with torch.no_grad():
 print(sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()), "adapters")
 """
     with MiniHub() as hub:
-        run_python("-c", push, **hub.environment(tmp_path / "cache"))
-        variables = {**hub.environment(tmp_path / "other cache"), "PYTHONPATH": peft.__path__[0] + "/.."}
+        variables = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": peft.__path__[0] + "/.."}
         output = run_python("-c", adapt, cwd=tmp_path, **variables).stdout
         assert hub.files("me/adapter").keys() >= {"adapter_config.json", "adapter_model.safetensors"}
     config = BasedForCausalLM.from_pretrained(based_tiny_path).config
