@@ -33,7 +33,7 @@ import transformers
 from generation_report import write_report
 from model_shapes import CONFIGS, SHAPES, based_config, build
 from safetensors.torch import load_file
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
 from transformers_based import BasedForCausalLM
@@ -407,6 +407,8 @@ class ModelRun:
         short = ids[:, :SHORT_PROMPT]
         run.seconds(self.model, short, WARM_UP_TOKENS, **options)
         estimate = run.seconds(self.model, short, WARM_UP_TOKENS, **options) / WARM_UP_TOKENS
+        # The first prefill of this size also asks the driver for memory.
+        run.seconds(self.model, ids, 1, **options)
         prefill, whole, started = [], [], time.perf_counter()
         for _ in range(args.repeats):
             prefill.append(run.seconds(self.model, ids, 1, **options))
@@ -433,7 +435,10 @@ class ModelRun:
     def positions(self, positions: list[int]) -> None:
         """One cache that grows from each position to the next, so that the prefill is paid once."""
         batch = self.run.args.position_batch
-        cache = DynamicCache(config=self.model.config)
+        config = self.model.config
+        # What `generate` takes by default: for Based on a GPU a static cache, whose size does not grow.
+        is_based = isinstance(self.model, BasedForCausalLM)
+        cache = StaticCache(config, max_cache_len=config.sliding_window) if is_based else DynamicCache(config=config)
         ids = random_ids(self.model, batch, max(positions) + 2048)
         for position in sorted(set(positions)):
             name = self.name("default", batch=batch, position=position)
@@ -447,7 +452,7 @@ class ModelRun:
                 break
 
     @torch.no_grad()
-    def measure_position(self, cache: DynamicCache, ids: torch.Tensor, position: int) -> dict:
+    def measure_position(self, cache: Cache, ids: torch.Tensor, position: int) -> dict:
         run = self.run
         if cache.get_seq_length() > position:
             raise Wrong(f"The cache is at {cache.get_seq_length()} already: take positions further apart.")

@@ -16,7 +16,15 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from transformers_based import BasedConfig, BasedForCausalLM, CacheSnapshot, TaylorCacheLayer, modeling_based
+from transformers_based import (
+    BasedConfig,
+    BasedForCausalLM,
+    CacheSnapshot,
+    TaylorCacheLayer,
+    cache_based,
+    modeling_based,
+)
+from transformers_based import backend as backend_choice
 from transformers_based.cache_based import WindowCacheLayer
 
 
@@ -348,6 +356,8 @@ def backend(request, monkeypatch):
             pytest.skip("Triton's interpreter takes minutes for the whole table; runs on a GPU")
         if cell["way"] in GENERATE and cell["dtype"] != "fp32":
             pytest.skip("Triton's interpreter takes minutes for the whole table; runs on a GPU")
+        if cell["way"] in FORWARD and "static" in cell["way"]:
+            pytest.skip("differs from a dynamic cache in the window alone, which is plain PyTorch here; runs on a GPU")
     monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", request.param)
     # Small enough that these short rows cross chunks and blocks.
     monkeypatch.setattr(sys.modules["transformers_based.taylor_attention"], "CHUNK_SIZE", 16)
@@ -407,6 +417,25 @@ def test_forward(way, dtype, batch, backend, oracle):
     assert_logits(logits, rows, model, oracle)
     if cache is not None and dtype == "fp32":
         assert_states(cache, rows, model)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the whole table takes these kernels")
+@pytest.mark.parametrize("way", ["static cache, pieces and steps", "padding in a continued turn, static"])
+def test_every_kernel_of_a_step(way, monkeypatch, oracle):
+    """In Triton's interpreter, a few steps of the model with all of its fused ops."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "triton")
+    monkeypatch.setattr(backend_choice, "INTERPRETS_STEPS", True)
+    monkeypatch.setattr(cache_based, "NUM_PENDING", 16)
+    model, lazy = build(), []
+    fused = modeling_based.taylor_attention_lazy_step
+    monkeypatch.setattr(modeling_based, "taylor_attention_lazy_step", lambda *a, **k: lazy.append(1) or fused(*a, **k))
+    run = {**FORWARD, "static cache, pieces and steps": in_pieces(17, 1, 1, 1, 1, cache_of=static_cache)}[way]
+    rows, logits, cache = run(model, rows_of(2), PAD)
+    assert_logits(logits, rows, model, oracle)
+    assert_states(cache, rows, model)
+    assert len(lazy) >= 8
 
 
 @torch.no_grad()

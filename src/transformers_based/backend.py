@@ -18,6 +18,9 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
 
+# Triton's interpreter takes seconds for the small kernels of a decoding step; the tests of these switch it on.
+INTERPRETS_STEPS = False
+
 _logged = set()
 
 
@@ -27,6 +30,11 @@ def backend_wanted() -> str:
     if wanted not in ("auto", "torch", "triton"):
         raise ValueError(f"{BACKEND_VARIABLE} must be auto, torch or triton; got {wanted!r}.")
     return wanted
+
+
+def can_fuse_steps(x: torch.Tensor) -> bool:
+    """Whether the small kernels of a decoding step may be taken for `x`, if Triton is chosen."""
+    return x.device.type == "cuda" or INTERPRETS_STEPS
 
 
 def choose_backend(op: str, device: str, dtype: str, obstacle: str | None = None) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .backend import based_kernels, choose_backend
+from .backend import based_kernels, can_fuse_steps, choose_backend
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -22,17 +22,14 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _is_fused(op: str, x: torch.Tensor) -> bool:
-    return not torch.is_grad_enabled() and _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
+    if torch.is_grad_enabled() or not can_fuse_steps(x):
+        return False
+    return _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
 
 
 @torch.compiler.assume_constant_result
 def _choose_backend(op: str, device: str, dtype: str) -> str:
     return choose_backend(op, device, dtype)
-
-
-def _is_short(x: torch.Tensor) -> bool:
-    """Triton's interpreter, on the CPU, takes a second for a hundred rows."""
-    return x.device.type == "cuda" or x.numel() <= 16 * x.shape[-1]
 
 
 def project(x: torch.Tensor, *projections: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -83,7 +80,7 @@ def rms_norm(
     Returns:
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
-    if _is_short(hidden_states) and _is_fused("RMSNorm", hidden_states):
+    if _is_fused("RMSNorm", hidden_states):
         return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual)
     if residual is not None:
         hidden_states = residual + hidden_states
@@ -94,7 +91,7 @@ def rms_norm(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of `[B, T, C]`."""
-    if _is_short(gate) and _is_fused("SwiGLU", gate):
+    if _is_fused("SwiGLU", gate):
         return based_kernels.swiglu(gate, up)
     return nn.functional.silu(gate) * up
 
