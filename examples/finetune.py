@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_token
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
     DataCollatorWithFlattening,
@@ -29,6 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_based import BasedForCausalLM
@@ -163,12 +166,39 @@ def add_lora(model: BasedForCausalLM, args: argparse.Namespace):
 
 
 def load_again(args: argparse.Namespace):
-    """What was saved, as a user loads it."""
+    """What was saved, as a user loads it: whole in one process, also where training has shared it out over several."""
+    # While DeepSpeed's ZeRO-3 is switched on, `from_pretrained` is work for all processes together.
+    unset_hf_deepspeed_config()
     if not args.lora:
         return BasedForCausalLM.from_pretrained(args.output_dir)
     from peft import PeftModel
 
     return PeftModel.from_pretrained(BasedForCausalLM.from_pretrained(args.model), args.output_dir)
+
+
+@torch.no_grad()
+def held_out_loss(model, pieces: Dataset, args: argparse.Namespace) -> float:
+    """Per token, as in training, by this process alone."""
+    losses = []
+    for batch in tqdm(DataLoader(pieces, args.batch_size, collate_fn=pad), desc="Evaluating what was saved"):
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        labels = batch.pop("labels")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            logits = model(**batch, use_cache=False).logits
+        losses.append(token_losses(logits, labels)[labels[:, 1:] != -100])
+    return float(torch.cat(losses).mean(dtype=torch.float64))
+
+
+def generate(model, tokenizer, prompt: str) -> str:
+    ids = torch.tensor(tokenizer([prompt])["input_ids"], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=80,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0])
 
 
 def draw(history: list[dict[str, float]], path: Path) -> None:
@@ -305,39 +335,22 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_token_loss"]
     before = next(entry["eval_token_loss"] for entry in trainer.state.log_history if "eval_token_loss" in entry)
+    # Uploads as well where that was asked for, the plot with it.
     if is_main:
         draw(trainer.state.log_history, args.output_dir / "loss.png")
-    # Uploads as well where that was asked for.
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-
-    trainer = Trainer(
-        load_again(args),
-        options,
-        data_collator=pad,
-        eval_dataset=pieces["test"],
-        compute_metrics=mean_over_tokens,
-        preprocess_logits_for_metrics=token_losses,
-    )
-    again = trainer.evaluate()["eval_token_loss"]
-    if not math.isclose(after, again, rel_tol=1e-3):
-        sys.exit(f"The saved model is not the trained one: loss {again:.4f}, not {after:.4f}.")
     if not is_main:
         return
+
+    model = load_again(args).to(options.device).eval()
+    again = held_out_loss(model, pieces["test"], args)
+    if not math.isclose(after, again, rel_tol=1e-3):
+        sys.exit(f"The saved model is not the trained one: loss {again:.4f}, not {after:.4f}.")
     print(f"Saved to {args.output_dir} and loaded again.")
     for when, loss in (("before", before), ("after", after), ("by the saved model", again)):
         print(f"Held-out text {when}: loss {loss:.3f}, perplexity {perplexity(loss):,.1f}")
-
-    model = trainer.model
-    prompt = torch.tensor(tokenizer([args.prompt])["input_ids"], device=model.device)
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=80,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    print(f"\nIt goes on like this:\n{tokenizer.decode(output[0])}")
+    print(f"\nIt goes on like this:\n{generate(model, tokenizer, args.prompt)}")
     print(f"\nLoss {before:.3f} -> {after:.3f}, perplexity {perplexity(before):,.1f} -> {perplexity(after):,.1f}")
 
 
