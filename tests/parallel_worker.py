@@ -11,10 +11,11 @@ import sys
 import traceback
 from pathlib import Path
 
+import fsdp_on_cpu
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from programs import load_program
 from safetensors.torch import load_file
@@ -100,10 +101,8 @@ def ddp(folder: Path) -> dict:
 
 def fsdp2_of_accelerate(folder: Path) -> dict:
     accelerator = new_accelerator()
-    # accelerate switches FSDP on for accelerators only; from here on it does what it does there.
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    fsdp_on_cpu.switch_on(accelerator.state, plugin)
     model = load(folder)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     placements = {name: x.placements for name, x in model.named_parameters() if isinstance(x, DTensor)}

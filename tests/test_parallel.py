@@ -88,6 +88,10 @@ def test_its_checkpoint_loads_in_one_process(results, alone, folder, engine):
     loaded = BasedForCausalLM.from_pretrained(folder / engine)
     assert loaded.dtype == (torch.float32 if engine == "zero3" else torch.float64)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    # The code that goes along is the model's.
+    assert loaded.config.auto_map["AutoModelForCausalLM"] == "modeling_based.BasedForCausalLM"
+    files, own_files = ({path.name for path in (folder / name).glob("*.py")} for name in (engine, "base"))
+    assert files == own_files >= {"modeling_based.py"}
     tolerance = 1e-4 if engine == "zero3" else 1e-8
     with torch.no_grad():
         ids = batches()[0]
@@ -193,20 +197,33 @@ def test_accelerate_reads_the_config(path):
     assert config.distributed_type == kind
 
 
-def test_accelerate_launches_the_finetuning(tmp_path):
-    """On two processes with `ddp.yaml`, on a CPU; the held-out text in whole batches of both."""
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_accelerate_launches_the_finetuning(tmp_path, config):
+    """
+    On two processes, on a CPU. What was saved is evaluated by one of them: the loss is the same though the held-out
+    pieces are not as many in each.
+    """
+    output = tmp_path / "model"
     process = run_python(
-        *("-m", "accelerate.commands.launch", "--config_file", "examples/accelerate/ddp.yaml"),
-        *("examples/finetune.py", "--train-file", ROOT / "LICENSE", "--output-dir", tmp_path / "model"),
-        *("--max-steps", "20", "--block-size", "64", "--held-out", "0.181"),
+        *("-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"),
+        *(("tests/fsdp_on_cpu.py",) if config == "fsdp2" else ()),
+        *("examples/finetune.py", "--train-file", ROOT / "LICENSE", "--output-dir", output),
+        *("--max-steps", "20", "--save-steps", "20", "--block-size", "64", "--held-out", "0.095"),
         ACCELERATE_USE_CPU="true",
     )
+    # A model in one piece has its checkpoints in another file.
+    assert (output / "checkpoint-20" / "pytorch_model_fsdp.bin").exists() == (config == "fsdp2")
+    assert "17 more held out" in process.stdout
     losses = [float(x) for x in re.findall(r"Held-out text .*: loss ([\d.]+), perplexity", process.stdout)]
-    assert min(losses) < 0.6 * max(losses)
-    model = BasedForCausalLM.from_pretrained(tmp_path / "model")
+    before, after, again = losses
+    assert again == pytest.approx(after, abs=2e-3)
+    assert after < 0.6 * before
+    assert "It goes on like this:\nBased is" in process.stdout
+    assert {path.name for path in output.glob("*.py")} >= {"modeling_based.py", "configuration_based.py"}
+    model = BasedForCausalLM.from_pretrained(output)
     text = torch.tensor([list((ROOT / "LICENSE").read_bytes()[:512])])
     with torch.no_grad():
-        assert model(text, labels=text).loss < 0.6 * max(losses)
+        assert model(text, labels=text).loss < 0.6 * before
 
 
 def test_sequence_parallel_example_verifies_itself(results, folder):

@@ -826,7 +826,13 @@ class BasedPreTrainedModel(PreTrainedModel):
                 "AutoConfig": "configuration_based.BasedConfig",
                 **{auto: f"modeling_based.{model_class.__name__}" for auto, model_class in AUTO_CLASSES.items()},
             }
-        super().save_pretrained(save_directory, **kwargs)
+        # FSDP2 gives a model a class of its own making, and transformers would save the file where that is made.
+        own_class = type(self)
+        self.__class__ = next(x for x in own_class.__mro__ if not x.__name__.startswith("FSDP"))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = own_class
 
 
 def _check_size(source: str, config: BasedConfig, hub_kwargs: dict) -> None:
