@@ -319,8 +319,10 @@ def main(argv: list[str] | None = None) -> None:
         lengths = [len(ids) for ids in pieces["train"].with_format("numpy")["input_ids"]]
         mean = sum(lengths) / len(lengths)
         print(f"{len(lengths):,} pieces of {mean:.0f} tokens on average, {len(pieces['test']):,} more held out.")
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained:,} of {model.num_parameters():,} weights are trained.")
+        # ZeRO-3 leaves empty tensors in their place, which know how many they were.
+        counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        trained = sum(n for n, is_trained in counts if is_trained)
+        print(f"{trained:,} of {sum(n for n, _ in counts):,} weights are trained.")
 
     trainer = (PackingTrainer if args.packing else Trainer)(
         model=model,
