@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import fsdp_on_cpu
+import accelerate_on_cpu
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -102,7 +102,7 @@ def ddp(folder: Path) -> dict:
 def fsdp2_of_accelerate(folder: Path) -> dict:
     accelerator = new_accelerator()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    fsdp_on_cpu.switch_on(accelerator.state, plugin)
+    accelerate_on_cpu.switch_on_fsdp(accelerator.state, plugin)
     model = load(folder)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     placements = {name: x.placements for name, x in model.named_parameters() if isinstance(x, DTensor)}

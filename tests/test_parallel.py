@@ -197,23 +197,28 @@ def test_accelerate_reads_the_config(path):
     assert config.distributed_type == kind
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
 def test_accelerate_launches_the_finetuning(tmp_path, config):
     """
     On two processes, on a CPU. What was saved is evaluated by one of them: the loss is the same though the held-out
     pieces are not as many in each.
     """
+    if config == "zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
     output = tmp_path / "model"
     process = run_python(
         *("-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"),
-        *(("tests/fsdp_on_cpu.py",) if config == "fsdp2" else ()),
+        *(("tests/accelerate_on_cpu.py",) if config != "ddp" else ()),
         *("examples/finetune.py", "--train-file", ROOT / "LICENSE", "--output-dir", output),
         *("--max-steps", "20", "--save-steps", "20", "--block-size", "64", "--held-out", "0.095"),
+        *("--batch-size", "4", "--accumulate", "2"),
         ACCELERATE_USE_CPU="true",
     )
-    # A model in one piece has its checkpoints in another file.
-    assert (output / "checkpoint-20" / "pytorch_model_fsdp.bin").exists() == (config == "fsdp2")
+    # That it was this engine: each has checkpoints of its own.
+    checkpoint = {"ddp": "optimizer.pt", "fsdp2": "pytorch_model_fsdp.bin", "zero3": "zero_to_fp32.py"}[config]
+    assert (output / "checkpoint-20" / checkpoint).exists()
     assert "17 more held out" in process.stdout
+    assert "594,240 of 594,240 weights are trained" in process.stdout
     losses = [float(x) for x in re.findall(r"Held-out text .*: loss ([\d.]+), perplexity", process.stdout)]
     before, after, again = losses
     assert again == pytest.approx(after, abs=2e-3)
