@@ -203,7 +203,7 @@ def verify(model: BasedForCausalLM, ids: torch.Tensor, loss: torch.Tensor) -> No
     model.zero_grad()
     alone = model(input_ids=ids, labels=ids, use_cache=False).loss
     alone.backward()
-    alone = float(alone)
+    alone = alone.item()
     worst = 0.0
     for name, x in model.named_parameters():
         worst = max(worst, float((gradients[name] - x.grad).norm() / x.grad.norm()))

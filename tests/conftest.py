@@ -2,7 +2,9 @@
 """What all tests share: the reference checkpoint with its golden tensors, tiny models, and a log of created tensors."""
 
 import copy
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transformers_based import BasedConfig, BasedForCausalLM
+from transformers_based import BasedConfig, BasedForCausalLM, modeling_based
 
 
 # Two workers with a pool of threads each slow one another down.
@@ -92,6 +94,21 @@ def tiny_model(tiny_config):
         return model_class(tiny_config(**overrides)).eval()
 
     return make
+
+
+@pytest.fixture
+def use_backend(monkeypatch):
+    """Runs the model's operations on "torch" or "triton" (or skips), in pieces so small that short rows cross them."""
+
+    def use(name: str) -> None:
+        interprets = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+        if name == "triton" and not torch.cuda.is_available() and not interprets:
+            pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 and triton installed")
+        monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", name)
+        monkeypatch.setattr(sys.modules["transformers_based.taylor_attention"], "CHUNK_SIZE", 16)
+        monkeypatch.setattr(modeling_based, "_MIN_BLOCK", 4)
+
+    return use
 
 
 @pytest.fixture

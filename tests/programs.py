@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,8 @@ def load_program(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def held_out_losses(output: str) -> list[float]:
+    """What examples/finetune.py prints: before, after, and by the saved model."""
+    return [float(x) for x in re.findall(r"^Held-out text .*: loss ([\d.]+), perplexity", output, re.MULTILINE)]

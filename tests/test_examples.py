@@ -5,7 +5,7 @@ import re
 
 import pytest
 from minihub import MiniHub
-from programs import ROOT, run_python
+from programs import ROOT, held_out_losses, run_python
 from word_tokenizer import byte_tokenizer
 
 
@@ -49,10 +49,6 @@ def test_quickstart_with_a_hub_that_has_the_model(based_tiny_path, tmp_path):
     assert sizes(output, "state of this model")[0] == sizes(output, "state of this model")[1]
 
 
-def losses(output: str) -> list[float]:
-    return [float(x) for x in re.findall(r"^Held-out text .*: loss ([\d.]+), perplexity", output, re.MULTILINE)]
-
-
 def test_finetune_lowers_the_loss_and_pushes_the_result(tmp_path):
     """What else it does is in test_finetune.py."""
     arguments = ("--output-dir", tmp_path / "model", "--max-steps", "60", "--block-size", "64")
@@ -63,7 +59,7 @@ def test_finetune_lowers_the_loss_and_pushes_the_result(tmp_path):
             **variables,
         )
         pushed = hub.files("me/tuned")
-    before, after, again = losses(process.stdout)
+    before, after, again = held_out_losses(process.stdout)
     assert after < before / 2
     assert again == pytest.approx(after, rel=1e-2)
     assert "has no tokenizer: reading bytes" in process.stdout

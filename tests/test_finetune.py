@@ -10,7 +10,7 @@ import sys
 import datasets
 import pytest
 import torch
-from programs import ROOT, load_program
+from programs import ROOT, held_out_losses, load_program
 from safetensors.torch import load_file
 from word_tokenizer import byte_tokenizer
 
@@ -35,8 +35,7 @@ def run(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert "It goes on like this:\nBased is" in printed
         assert (tmp_path / output / "loss.png").read_bytes().startswith(b"\x89PNG")
-        losses = re.findall(r"^Held-out text .*: loss ([\d.]+), perplexity", printed, re.MULTILINE)
-        return [float(x) for x in losses]
+        return held_out_losses(printed)
 
     return call
 

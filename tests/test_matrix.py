@@ -8,9 +8,6 @@ logits) is at most `MARGIN` times that of the plain forward in the same dtype.
 """
 
 import copy
-import importlib.util
-import os
-import sys
 
 import pytest
 import torch
@@ -345,11 +342,9 @@ GENERATE = {
 
 
 @pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
+def backend(request, use_backend):
     if request.param == "triton" and DEVICE == "cpu":
         cell = request.node.callspec.params
-        if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-            pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 and triton installed")
         if "compiled" in cell["way"]:
             pytest.skip("Triton's interpreter cannot be compiled; runs on a GPU")
         if cell["batch"] == (3 if cell["way"] in GENERATE else 1) or cell.get("dtype") == "bf16":
@@ -358,10 +353,7 @@ def backend(request, monkeypatch):
             pytest.skip("Triton's interpreter takes minutes for the whole table; runs on a GPU")
         if cell["way"] in FORWARD and "static" in cell["way"]:
             pytest.skip("differs from a dynamic cache in the window alone, which is plain PyTorch here; runs on a GPU")
-    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", request.param)
-    # Small enough that these short rows cross chunks and blocks.
-    monkeypatch.setattr(sys.modules["transformers_based.taylor_attention"], "CHUNK_SIZE", 16)
-    monkeypatch.setattr(modeling_based, "_MIN_BLOCK", 4)
+    use_backend(request.param)
     return request.param
 
 

@@ -222,6 +222,18 @@ def test_gradient_checkpointing(tiny_model, reentrant):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_checkpointing_on_a_cache(tiny_model):
+    """transformers would take the cache away from the layers, in silence where there is no attention."""
+    model, ids = tiny_model().train(), torch.arange(9)[None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"[Gg]radient checkpointing.*past_key_values"):
+        model(ids, past_key_values=cache)
+    assert model.eval()(ids, past_key_values=cache).past_key_values.get_seq_length() == 18
+
+
 def test_labels(tiny_model):
     """The usual shifted cross-entropy, -100 ignored."""
     model = tiny_model()
@@ -232,6 +244,22 @@ def test_labels(tiny_model):
         outputs = model(ids, labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(outputs.loss, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 10), (1, 9), (9, 2), (18,), (2, 9, 1)], ids=str)
+def test_labels_of_another_shape(tiny_model, shape):
+    """Some have as many elements, and would be compared with the wrong logits."""
+    with pytest.raises(ValueError, match=r"`labels` must be \[batch, tokens\] = \(2, 9\)"):
+        tiny_model()(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(shape, dtype=torch.long))
+
+
+def test_labels_for_the_logits_that_are_kept(tiny_model):
+    model, ids = tiny_model(), torch.arange(18).view(2, 9)
+    logits = model(ids).logits[:, -4:]
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, -3:].flatten())
+    torch.testing.assert_close(model(ids, labels=ids[:, -4:], logits_to_keep=4).loss, expected)
+    with pytest.raises(ValueError, match=r"`labels` must be \[batch, tokens\] = \(2, 4\)"):
+        model(ids, labels=ids, logits_to_keep=4)
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 5])], ids=str)
@@ -434,6 +462,23 @@ def test_sliding_attention_gradients_in_blocks(tiny_model, attention):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="flex attention needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_sliding_attention_compiled_with_padding(tiny_model, side):
+    """The window counts the tokens that exist."""
+    model = tiny_model(layer_types=["sliding_attention"]).train()
+    torch._dynamo.reset()
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, {"left": slice(0, 11), "right": slice(29, None), "middle": slice(11, 22)}[side]] = 0
+    # Padding predicts nothing either.
+    labels = ids.masked_fill((mask == 0) | (mask.roll(1, dims=1) == 0), -100)
+    got = torch.compile(model, backend="eager")(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    short, whole = (model(x[None], use_cache=False).logits[0] for x in (ids[0][mask[0] == 1], ids[1]))
+    rows = torch.zeros(2, 40, 97).masked_scatter((mask == 1)[..., None], torch.cat([short, whole]))
+    expected = torch.nn.functional.cross_entropy(rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
 def test_flex_attention(tiny_model):
     """The window with padding and documents through flex attention, as through sdpa."""
     model = tiny_model(head_dim=16, layer_types=["sliding_attention"])
@@ -659,10 +704,6 @@ def test_packed_documents_on_a_cache_raise(tiny_model, how):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "cu_seq_lens_q"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 3, 6])}, "cu_seq_lens_q"),
-        ({"cu_seq_lens_q": torch.tensor([[0, 6]])}, "cu_seq_lens_q"),
-        ({"cu_seq_lens_q": torch.tensor([])}, "cu_seq_lens_q"),
         ({"seq_idx": torch.zeros(1, 5)}, "seq_idx"),
         ({"attention_mask": torch.ones(1, 5)}, "attention_mask"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, "attention_mask"),

@@ -4,16 +4,10 @@
 The oracle is each document alone, in fp64. Which documents the forward sees for which arguments is in test_modeling.py.
 """
 
-import importlib.util
-import os
-import sys
-
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening, DynamicCache
-
-from transformers_based import modeling_based
+from document_rows import document_rows, pad
+from transformers import DataCollatorWithFlattening
 
 
 ONE_OF_EACH = ["conv", "linear_attention", "sliding_attention"]
@@ -25,28 +19,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    interpreter = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-    if request.param == "triton" and DEVICE == "cpu" and not interpreter:
-        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 and triton installed")
-    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", request.param)
-    monkeypatch.setattr(sys.modules["transformers_based.taylor_attention"], "CHUNK_SIZE", 16)
-    monkeypatch.setattr(modeling_based, "_MIN_BLOCK", 4)
+def backend(request, use_backend):
+    use_backend(request.param)
     return request.param
 
 
 @pytest.fixture
 def model(tiny_model):
     return tiny_model(layer_types=[*ONE_OF_EACH, "conv", "linear_attention"]).to(DEVICE).train()
-
-
-def documents(lengths=LENGTHS, seed=0):
-    """The first token, which nothing predicts, and some more of the beginning do not count."""
-    generator, rows = torch.Generator().manual_seed(seed), []
-    for n in lengths:
-        ids = torch.randint(97, (n,), generator=generator)
-        rows.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(n) <= n // 3, -100)})
-    return rows
 
 
 def targets(rows):
@@ -104,7 +84,7 @@ def test_loss_and_gradients_equal_the_documents_alone(tiny_model, layer_types, d
     few = backend == "triton" and DEVICE == "cpu"
     if few and (layer_types, dtype) != (ONE_OF_EACH, torch.float32):
         pytest.skip("Triton's interpreter is slow; runs on a GPU")
-    model, rows = tiny_model(layer_types=layer_types).to(DEVICE, dtype).train(), documents(FEW if few else LENGTHS)
+    model, rows = tiny_model(layer_types=layer_types).to(DEVICE, dtype).train(), document_rows(FEW if few else LENGTHS)
     batch = flatten(rows, return_flash_attn_kwargs=True, return_seq_idx=True)
     # A view with gaps, as a collator may cut it from a larger tensor.
     batch["input_ids"] = torch.stack([batch["input_ids"], batch["labels"]], dim=-1)[..., 0]
@@ -126,14 +106,14 @@ KEYS = [
 @pytest.mark.parametrize("options", KEYS, ids=str)
 def test_every_option_of_the_collator(model, options, lengths, monkeypatch):
     """A batch of one document among them."""
-    rows = documents(lengths)
+    rows = document_rows(lengths)
     got = backward(model, [flatten(rows, **options)], targets(rows))
     assert_as_good(got, alone(model, rows), exact(model, rows, monkeypatch), 1e-5)
 
 
 def test_positions_may_start_anywhere(model, monkeypatch):
     """`position_ids_start` of newer collators."""
-    rows = documents([5, 1, 1, 37])
+    rows = document_rows([5, 1, 1, 37])
     batch = flatten(rows)
     batch["position_ids"] += 2
     got = backward(model, [batch], targets(rows))
@@ -147,7 +127,7 @@ def test_perturbing_one_document_leaves_the_gradients_of_the_others_alone(tiny_m
     if few and changed != 1:
         pytest.skip("Triton's interpreter is slow; runs on a GPU")
     model = tiny_model(layer_types=["linear_attention"] if few else ONE_OF_EACH).to(DEVICE).train()
-    rows = documents([7, 18, 3] if few else [5, 37, 21])
+    rows = document_rows([7, 18, 3] if few else [5, 37, 21])
     batch = flatten(rows, return_seq_idx=True)
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     here = batch["seq_idx"][0] == changed
@@ -166,16 +146,8 @@ def test_perturbing_one_document_leaves_the_gradients_of_the_others_alone(tiny_m
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_packing_and_single_documents_reach_the_same_loss(model, side, monkeypatch):
-    rows = documents()
-    padded = {
-        name: pad_sequence(
-            [row[name] if name != "attention_mask" else torch.ones_like(row["labels"]) for row in rows],
-            batch_first=True,
-            padding_value=value,
-            padding_side=side,
-        ).to(DEVICE)
-        for name, value in (("input_ids", 3), ("labels", -100), ("attention_mask", 0))
-    }
+    rows = document_rows(LENGTHS)
+    padded = {name: x.to(DEVICE) for name, x in pad(rows, side).items()}
     plain, reference = alone(model, rows), exact(model, rows, monkeypatch)
     for batch in (padded, flatten(rows)):
         assert_as_good(backward(model, [batch], targets(rows)), plain, reference, 1e-5)
@@ -185,7 +157,7 @@ def test_padding_packing_and_single_documents_reach_the_same_loss(model, side, m
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(model, reentrant):
-    rows = documents()
+    rows = document_rows(LENGTHS)
     batch = flatten(rows, return_flash_attn_kwargs=True)
     loss, expected = backward(model, [batch], targets(rows))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -201,7 +173,7 @@ def test_compiled(tiny_model, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     for lengths in ([5, 1, 37], [30]):
-        rows = documents(lengths)
+        rows = document_rows(lengths)
         batch = flatten(rows, return_flash_attn_kwargs=True)
         model.zero_grad()
         loss = compiled(**batch, num_items_in_batch=targets(rows), use_cache=False).loss
@@ -212,29 +184,14 @@ def test_compiled(tiny_model, monkeypatch):
         compiled(torch.arange(20)[None].to(DEVICE), cu_seq_lens_q=torch.tensor([0, 7, 19]), use_cache=False)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_compiled_with_padding(tiny_model, side):
-    """The window counts the tokens that exist."""
-    model = tiny_model(layer_types=["sliding_attention"]).train()
-    torch._dynamo.reset()
-    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, {"left": slice(0, 11), "right": slice(29, None), "middle": slice(11, 22)}[side]] = 0
-    # Padding predicts nothing either.
-    labels = ids.masked_fill((mask == 0) | (mask.roll(1, dims=1) == 0), -100)
-    got = torch.compile(model, backend="eager")(ids, attention_mask=mask, labels=labels, use_cache=False).loss
-    short, whole = (model(x[None], use_cache=False).logits[0] for x in (ids[0][mask[0] == 1], ids[1]))
-    rows = torch.zeros(2, 40, 97).masked_scatter((mask == 1)[..., None], torch.cat([short, whole]))
-    expected = torch.nn.functional.cross_entropy(rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-
-
 BOUNDS = {
     "too short": ([0, 7, 19], None, r"`cu_seq_lens_q` must rise from 0 to the number of tokens \(20\)"),
     "too long": ([0, 7, 21], None, "`cu_seq_lens_q` must rise"),
     "not from 0": ([7, 20], None, "`cu_seq_lens_q` must rise"),
     "an empty document": ([0, 7, 7, 20], None, "`cu_seq_lens_q` must rise"),
     "backwards": ([0, 9, 7, 20], None, "`cu_seq_lens_q` must rise"),
+    "two dimensions": ([[0, 20]], None, "`cu_seq_lens_q` must rise"),
+    "nothing": ([], None, "`cu_seq_lens_q` must rise"),
     "a number": (20, None, "`cu_seq_lens_q` must rise"),
     "other keys": ([0, 7, 20], [0, 8, 20], "`cu_seq_lens_k` must be `cu_seq_lens_q`"),
     "keys alone": (None, [0, 8, 20], "`cu_seq_lens_k` must be `cu_seq_lens_q`"),
@@ -251,30 +208,3 @@ def test_bounds_that_do_not_fit(model, case, checkpointing):
         model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=message):
         model(torch.arange(20, device=DEVICE)[None], **arguments)
-
-
-@pytest.mark.parametrize("shape", [(2, 8), (2, 10), (1, 9), (9, 2), (18,), (2, 9, 1)], ids=str)
-def test_labels_of_another_shape(model, shape):
-    """Some have as many elements, and would be compared with the wrong logits."""
-    with pytest.raises(ValueError, match=r"`labels` must be \[batch, tokens\] = \(2, 9\)"):
-        model(torch.zeros(2, 9, dtype=torch.long, device=DEVICE), labels=torch.zeros(shape, dtype=torch.long))
-
-
-def test_labels_for_the_logits_that_are_kept(model):
-    ids = torch.arange(18, device=DEVICE).view(2, 9)
-    logits = model(ids).logits[:, -4:]
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, -3:].flatten())
-    torch.testing.assert_close(model(ids, labels=ids[:, -4:], logits_to_keep=4).loss, expected)
-    with pytest.raises(ValueError, match=r"`labels` must be \[batch, tokens\] = \(2, 4\)"):
-        model(ids, labels=ids, logits_to_keep=4)
-
-
-def test_checkpointing_on_a_cache(model):
-    """transformers would take the cache away from the layers, in silence where there is no attention."""
-    cache, ids = DynamicCache(config=model.config), torch.arange(9, device=DEVICE)[None]
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"[Gg]radient checkpointing.*past_key_values"):
-        model(ids, past_key_values=cache)
-    assert model.eval()(ids, past_key_values=cache).past_key_values.get_seq_length() == 18

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from parallel_worker import CHECKS, batches, document, make_optimizer, train, weights
-from programs import ROOT, load_program, run_python
+from programs import ROOT, held_out_losses, load_program, run_python
 
 from transformers_based import BasedForCausalLM
 
@@ -219,8 +219,7 @@ def test_accelerate_launches_the_finetuning(tmp_path, config):
     assert (output / "checkpoint-20" / checkpoint).exists()
     assert "17 more held out" in process.stdout
     assert "594,240 of 594,240 weights are trained" in process.stdout
-    losses = [float(x) for x in re.findall(r"Held-out text .*: loss ([\d.]+), perplexity", process.stdout)]
-    before, after, again = losses
+    before, after, again = held_out_losses(process.stdout)
     assert again == pytest.approx(after, abs=2e-3)
     assert after < 0.6 * before
     assert "It goes on like this:\nBased is" in process.stdout

@@ -166,7 +166,7 @@ def test_targets_that_do_not_exist(tiny_model):
 
 
 def test_remote_code_registers_too_and_the_hub_serves_adapters(based_tiny_path, tmp_path):
-    """Nobody has installed this package; peft and Liger are imported after the model is built."""
+    """Nobody has installed this package; peft is imported after the model is built, and Liger not at all."""
     BasedForCausalLM.from_pretrained(based_tiny_path).save_pretrained(tmp_path / "based")
     adapt = f"""
 import sys

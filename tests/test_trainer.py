@@ -9,35 +9,17 @@ import itertools
 
 import pytest
 import torch
+from document_rows import document_rows, pad
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from transformers_based import BasedForCausalLM
 
 
 LEARNING_RATE = 0.1
-
-
-def make_rows(lengths=(5, 9, 3, 14, 2, 40, 1, 8)):
-    """Labels count from somewhere in the first half on; nothing predicts a first token; in the last row none counts."""
-    generator, rows = torch.Generator().manual_seed(0), []
-    for n in lengths:
-        ids = torch.randint(97, (n,), generator=generator)
-        rows.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(n) <= n // 3, -100)})
-    rows[-1]["labels"] = torch.full_like(rows[-1]["labels"], -100)
-    return rows
-
-
-ROWS = make_rows()
-
-
-def pad(rows, side="right"):
-    rows = [{**row, "attention_mask": torch.ones_like(row["labels"])} for row in rows]
-    return {
-        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value, padding_side=side)
-        for name, value in (("input_ids", 3), ("labels", -100), ("attention_mask", 0))
-    }
+ROWS = document_rows((5, 9, 3, 14, 2, 40, 1, 8))
+# In the last row no label counts.
+ROWS[-1]["labels"] = torch.full_like(ROWS[-1]["labels"], -100)
 
 
 def pad_left(rows):
