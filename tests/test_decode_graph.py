@@ -15,7 +15,7 @@ from transformers import StaticCache, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationMixin, StoppingCriteria
 from word_tokenizer import word_tokenizer
 
-from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, step_ops
+from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, modeling_based, step_ops
 
 
 GPU = torch.cuda.is_available()
@@ -270,6 +270,20 @@ def test_projections_lie_side_by_side(model, tmp_path):
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert all(torch.equal(value, before[name].cpu()) for name, value in saved.items())
     assert len(saved) == len(before) - 1  # the tied head
+
+
+def test_what_waits_is_folded_with_the_scale_of_the_mixer(tiny_model, monkeypatch):
+    """Also in a cache that came to the graph before it made a step of its own."""
+    if not GPU:
+        monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lambda query, value: True)
+    model = tiny_model(pad_token_id=0, linear_scale=0.9).to(DEVICE)
+    ids, options = prompt() % 97, {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    model.generate(ids, **options)
+    output, plain = model.generate(ids, **options), plainly(model, ids, **options)
+    assert torch.equal(output.sequences, plain.sequences)
+    for layer, expected in zip(output.past_key_values.layers, plain.past_key_values.layers):
+        if isinstance(layer, TaylorCacheLayer):
+            torch.testing.assert_close(layer.state, expected.state, atol=1e-4, rtol=1e-4)
 
 
 def test_streaming(model, replays):

@@ -58,9 +58,10 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         self.snapshot: torch.Tensor | None = None
         self.recorded: list[tuple[torch.Tensor | None, ...]] = []
         self.fold: Callable | None = None
-        # What `taylor_attention_lazy_step` has not folded into the state yet: its keys, values and their number.
+        # What `taylor_attention_lazy_step` has not folded into the state yet: its keys, values and their number; and
+        # the scale of the mixer, which folds them.
         self.pending: dict[str, torch.Tensor] = {}
-        self.pending_scale: float | None = None
+        self.scale: float | None = None
 
     @property
     def state(self) -> torch.Tensor | None:
@@ -68,7 +69,7 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         if not self.has_previous_state[0]:
             return None
         if self.pending:
-            fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.pending_scale)
+            fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.scale)
         return self.recurrent_states[0]
 
     def read(self, *shape: int) -> torch.Tensor | None:
@@ -77,9 +78,7 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
             check_shape(self.recurrent_states[0], shape)
         return self.state
 
-    def lazily(
-        self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, ...]:
+    def lazily(self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
         The state of this `shape`, and room for tokens `[B, 1, H, D]` that wait, as `taylor_attention_lazy_step` takes
         them.
@@ -92,7 +91,6 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
                 "pending_values": value.new_empty(batch, heads, NUM_PENDING, value.shape[-1]),
                 "num_pending": torch.zeros(batch, heads, dtype=torch.int32, device=key.device),
             }
-            self.pending_scale = scale
         return self.recurrent_states[0], *self.pending.values()
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:

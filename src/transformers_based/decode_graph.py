@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""A decoding step as a CUDA graph, so that `generate` does not wait for the CPU to launch some five hundred kernels.
+"""A decoding step as a CUDA graph, so that `generate` does not wait for the CPU to launch hundreds of kernels.
 
 The cache of a model is of fixed size, so one graph serves every position, prompt length and call with the same batch
 size. A graph works on tensors at fixed addresses, its home; a cache moves in with its first step (one copy) and the one
@@ -19,15 +19,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
 
 from .backend import backend_wanted
 from .cache_based import TaylorCacheLayer, WindowCacheLayer
 from .step_ops import lay_side_by_side
 
-
-# Below "transformers", so that its verbosity settings apply.
-logger = logging.get_logger(f"transformers.{__name__}")
 
 # Batch sizes whose graphs are kept; each keeps the state of one batch.
 MAX_GRAPHS = 4

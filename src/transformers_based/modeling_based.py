@@ -300,11 +300,12 @@ class BasedLinearAttention(nn.Module):
             output, _ = taylor_attention(query, key, value, **options)
         else:
             layer: TaylorCacheLayer = past_key_values.layers[self.layer_idx]
+            layer.scale = self.scaling
             shape = state_shape(batch, query.shape[2], self.feature_dim, self.head_dim)
             layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
             is_step = length == 1 and layer.has_previous_state[0] and not torch.is_grad_enabled()
             if is_step and not layer.record_past and is_lazy_step_faster(query, value):
-                lazy_state = layer.lazily(shape, key, value, self.scaling)
+                lazy_state = layer.lazily(shape, key, value)
                 output = taylor_attention_lazy_step(query, key, value, *lazy_state, **options)
             elif is_step:
                 output = taylor_attention_step(query, key, value, layer.read(*shape), **options)
