@@ -113,6 +113,11 @@ def test_what_is_sharded(results, base):
     assert {name.rsplit(".", 2)[1] for name in rowwise} == {"o_proj", "down_proj"}
 
 
+def test_zero3_shards_every_weight(results, base):
+    for found in of(results, "zero3"):
+        assert set(found["sharded"]) == set(weights(base))
+
+
 def test_tensor_parallel_generates_the_same(results, alone):
     _, model = alone
     ids = batches()[0]
