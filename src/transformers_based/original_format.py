@@ -487,7 +487,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is no plain file of tensors (it may hold code), so it is not read: {error}"
         ) from error
-    except (*UNREADABLE, RuntimeError, ValueError, KeyError) as error:
+    except (*UNREADABLE, RuntimeError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} cannot be read; truncated, or not a checkpoint: {error}") from error

@@ -44,12 +44,14 @@ def project(x: torch.Tensor, *projections: nn.Module) -> tuple[torch.Tensor, ...
 def _are_side_by_side(projections: tuple[nn.Module, ...]) -> bool:
     address = storage = None
     for projection in projections:
-        # Adapters and quantized layers have other types, and hooks must be called.
+        # Adapters, quantized and sharded weights have other types, and hooks must be called.
         if type(projection) is not nn.Linear or projection.bias is not None:
             return False
         if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
             return False
         weight = projection.weight
+        if type(weight) is not nn.Parameter:
+            return False
         here = weight.untyped_storage().data_ptr()
         if address is not None and (weight.data_ptr() != address or here != storage):
             return False
