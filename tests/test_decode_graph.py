@@ -15,7 +15,7 @@ from transformers import StaticCache, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationMixin, StoppingCriteria
 from word_tokenizer import word_tokenizer
 
-from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, modeling_based, step_ops
+from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, modeling_based, ops
 
 
 GPU = torch.cuda.is_available()
@@ -262,7 +262,7 @@ def test_projections_lie_side_by_side(model, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     x = torch.randn(2, 1, model.config.hidden_size, device=DEVICE)
     with torch.no_grad():
-        together = step_ops.project(x, mlp.gate_proj, mlp.up_proj)
+        together = ops.project(x, mlp.gate_proj, mlp.up_proj)
         assert together[0].untyped_storage().data_ptr() == together[1].untyped_storage().data_ptr()
         torch.testing.assert_close(together, (mlp.gate_proj(x), mlp.up_proj(x)), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "saved")

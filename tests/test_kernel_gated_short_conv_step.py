@@ -24,7 +24,7 @@ from kernel_checks import (
 )
 
 from based_kernels import gated_short_conv_step
-from transformers_based.modeling_based import BasedCausalConv1d
+from transformers_based.modeling_based import BasedGatedConv1d
 
 
 def make(B, T, C, K, dtype, seed=0):
@@ -45,14 +45,13 @@ def oracle(projected, weight, state):
 
 
 def plain(projected, weight, state):
-    conv = BasedCausalConv1d(*weight.shape).to(DEVICE, weight.dtype)
+    conv = BasedGatedConv1d(*weight.shape).to(DEVICE, weight.dtype)
     outputs = []
     with torch.no_grad():
         conv.weight.copy_(weight[:, None])
         for token in projected.split(1, 1):
-            u, g = token.chunk(2, -1)
-            c, state = conv(u, state)
-            outputs.append((torch.nn.functional.silu(c) * g).to(g.dtype))
+            output, state = conv(token, state)
+            outputs.append(output)
     return torch.cat(outputs, 1)
 
 

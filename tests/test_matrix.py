@@ -418,7 +418,7 @@ def test_every_kernel_of_a_step(way, monkeypatch, oracle):
     """In Triton's interpreter, a few steps of the model with all of its fused ops."""
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "triton")
-    monkeypatch.setattr(backend_choice, "INTERPRETS_STEPS", True)
+    monkeypatch.setattr(backend_choice, "INTERPRETS_ALL", True)
     monkeypatch.setattr(cache_based, "NUM_PENDING", 16)
     model, lazy = build(), []
     fused = modeling_based.taylor_attention_lazy_step

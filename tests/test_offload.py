@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from transformers_based import BasedForCausalLM
+from transformers_based import BasedForCausalLM, backend
 
 
 def split_map(model, first, second):
@@ -52,6 +52,20 @@ def test_cpu(based_tiny):
     split = cpu_offload(copy.deepcopy(based_tiny), execution_device=torch.device("cpu"))
     assert {parameter.device.type for parameter in split.parameters()} == {"meta"}
     assert_same_as_whole(based_tiny, split)
+
+
+@torch.no_grad()
+def test_every_kernel_of_a_step_finds_its_weights(based_tiny, monkeypatch):
+    """In Triton's interpreter: a kernel is launched where accelerate has brought its weights."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "triton")
+    monkeypatch.setattr(backend, "INTERPRETS_ALL", True)
+    split = cpu_offload(copy.deepcopy(based_tiny), execution_device=torch.device("cpu"))
+    ids, logits = torch.tensor([[5, 7, 11, 13]]), []
+    for model in (based_tiny, split):
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        logits.append(model(ids[:, 3:], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, `auto` means that")

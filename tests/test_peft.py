@@ -159,7 +159,7 @@ def test_targets_that_do_not_exist(tiny_model):
     with pytest.raises(ValueError, match="nope_proj"):
         peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["nope_proj"]))
     # The depthwise taps have no low rank; the mixer around them is no matrix.
-    with pytest.raises(ValueError, match="BasedCausalConv1d"):
+    with pytest.raises(ValueError, match="BasedGatedConv1d"):
         peft.get_peft_model(tiny_model(), peft.LoraConfig(r=8, target_modules=["conv.conv"]))
     with pytest.raises(ValueError, match="BasedLinearAttention"):
         peft.get_peft_model(tiny_model(), peft.LoraConfig(r=8, target_modules=["linear_attn"]))

@@ -18,8 +18,9 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
 
-# Triton's interpreter takes seconds for the small kernels of a decoding step; the tests of these switch it on.
-INTERPRETS_STEPS = False
+# Triton's interpreter takes seconds for what PyTorch does at once; of all kernels but the one for Taylor attention of
+# many tokens, only the tests use it.
+INTERPRETS_ALL = False
 
 _logged = set()
 
@@ -32,9 +33,9 @@ def backend_wanted() -> str:
     return wanted
 
 
-def can_fuse_steps(x: torch.Tensor) -> bool:
-    """Whether the small kernels of a decoding step may be taken for `x`, if Triton is chosen."""
-    return x.device.type == "cuda" or INTERPRETS_STEPS
+def can_fuse(x: torch.Tensor) -> bool:
+    """Whether kernels other than that of Taylor attention may be taken for `x`, if Triton is chosen."""
+    return x.device.type == "cuda" or INTERPRETS_ALL
 
 
 def choose_backend(op: str, device: str, dtype: str, obstacle: str | None = None) -> str:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backend import backend_wanted
 from .cache_based import TaylorCacheLayer, WindowCacheLayer
-from .step_ops import lay_side_by_side
+from .ops import lay_side_by_side
 
 
 # Batch sizes whose graphs are kept; each keeps the state of one batch.

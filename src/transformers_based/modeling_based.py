@@ -48,6 +48,15 @@ from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_
 from .configuration_based import BasedConfig
 from .decode_graph import DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .integrations_based import register_integrations
+from .ops import (
+    at_least_fp32,
+    can_step_fused,
+    gated_short_conv_step,
+    project,
+    rms_norm,
+    sliding_attention_step,
+    swiglu,
+)
 from .original_format import (
     UNREADABLE,
     config_from_original,
@@ -58,15 +67,6 @@ from .original_format import (
     read_weights,
     state_dict_from_original,
     strip_names,
-)
-from .step_ops import (
-    at_least_fp32,
-    can_step_fused,
-    gated_short_conv_step,
-    project,
-    rms_norm,
-    sliding_attention_step,
-    swiglu,
 )
 from .taylor_attention import (
     is_lazy_step_faster,
@@ -146,10 +146,10 @@ def _index(order: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
     return order.view(shape).expand_as(x)
 
 
-class BasedCausalConv1d(nn.Conv1d):
+class BasedGatedConv1d(nn.Conv1d):
     """
-    Causal depthwise convolution on `[B, T, C]`, a sum over its K taps accumulated in fp32; no bias. `weight` is
-    `[C, 1, K]`, the last tap on the token itself.
+    `silu(conv(u)) * g` of `[u, g]`, `[B, T, 2C]`: a causal depthwise convolution, a sum over its K taps accumulated in
+    fp32; no bias. `weight` is `[C, 1, K]`, the last tap on the token itself.
     """
 
     def __init__(self, channels: int, kernel_size: int):
@@ -157,21 +157,25 @@ class BasedCausalConv1d(nn.Conv1d):
 
     def forward(
         self,
-        inputs: torch.Tensor,
+        projected: torch.Tensor,
         state: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            inputs: `[B, T, C]`.
-            state: `[B, K - 1, C]`, the last inputs before these; zeros at the start.
+            projected: `[B, T, 2C]`, the inputs and their gate side by side.
+            state: `[B, K - 1, C]`, the last inputs before these; zeros at the start. A single token may change it in
+                place.
             mask: `[B, T]`, bool. A token with False does not exist: its neighbours touch.
             document_ids: `[B, T]`; a tap never reaches into another document.
 
         Returns:
-            The output `[B, T, C]` in fp32 (fp64 for fp64), anything where the mask is False, and the next state.
+            The output `[B, T, C]`, anything where the mask is False, and the next state.
         """
+        if state is not None and can_step_fused(projected):
+            return gated_short_conv_step(projected, self.weight.squeeze(1), state, mask), state
+        inputs, gate = projected.chunk(2, dim=-1)
         length, past = inputs.shape[1], self.kernel_size[0] - 1
         inputs, order = _behind_state(past, state, inputs, mask)
         next_state = inputs[:, length:]
@@ -190,7 +194,7 @@ class BasedCausalConv1d(nn.Conv1d):
             output = torch.addcmul(output, shifted, weight[:, tap])
         if order is not None:
             output = _restore(nn.functional.pad(output, (0, 0, past, 0)), order, dim=1)[:, past:]
-        return output, next_state
+        return (nn.functional.silu(output) * gate).to(gate.dtype), next_state
 
 
 def _behind_state(past, state, inputs, mask):
@@ -221,7 +225,7 @@ class BasedShortConv(nn.Module):
         self.layer_idx = layer_idx
         channels = config.conv_intermediate_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.conv_bias)
-        self.conv = BasedCausalConv1d(channels, config.conv_kernel_size)
+        self.conv = BasedGatedConv1d(channels, config.conv_kernel_size)
         self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.conv_bias)
         self.out_proj.writes_residual = True
 
@@ -234,24 +238,21 @@ class BasedShortConv(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         projected = self.in_proj(hidden_states)
-        inputs, gate = projected.chunk(2, dim=-1)
-        batch, length, channels = inputs.shape
+        batch, length, channels = projected.shape[0], projected.shape[1], self.conv.in_channels
         past = self.conv.kernel_size[0] - 1
         layer: TaylorCacheLayer | None = None
         state = None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
-            layer.record(partial(_conv_state, past), inputs, attention_mask)
+            layer.record(partial(_conv_state, past), projected[..., :channels], attention_mask)
             state = layer.read(batch, past, channels)
             layer.count(length)
-        if state is not None and can_step_fused(projected):
-            return self.out_proj(gated_short_conv_step(projected, self.conv.weight.squeeze(1), state, attention_mask))
-        output, state = self.conv(
-            inputs, state, mask=attention_mask, document_ids=documents.ids if documents is not None else None
+        output, next_state = self.conv(
+            projected, state, mask=attention_mask, document_ids=documents.ids if documents is not None else None
         )
-        if layer is not None:
-            layer.update_recurrent_state(state)
-        return self.out_proj((nn.functional.silu(output) * gate).to(gate.dtype))
+        if layer is not None and next_state is not state:
+            layer.update_recurrent_state(next_state)
+        return self.out_proj(output)
 
 
 class BasedLinearAttention(nn.Module):

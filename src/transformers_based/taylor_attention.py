@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .backend import based_kernels, can_fuse_steps, choose_backend
+from .backend import based_kernels, can_fuse, choose_backend
 
 
 # Tokens handled at once by the chunked form: weights pair by pair within a chunk, through the state between chunks. 128
@@ -420,7 +420,7 @@ def _check_pending(state, pending_keys, pending_values, num_pending, query, valu
 
 def is_lazy_step_faster(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether these `[B, 1, H, D]` are to go through `taylor_attention_lazy_step`, not `taylor_attention_step`."""
-    return not torch.compiler.is_compiling() and can_fuse_steps(query) and _backend(query, value) == "triton"
+    return not torch.compiler.is_compiling() and can_fuse(query) and _backend(query, value) == "triton"
 
 
 def _check(query, key, value, scale, mask):

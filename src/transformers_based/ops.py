@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""What a decoding step does beside the Taylor attention, each op in plain PyTorch and, where it is faster, fused.
+"""What the model does beside the Taylor attention, each op in plain PyTorch and, where it is faster, fused.
 
     project                  [x W_1, x W_2, ...]
     rms_norm                 x = hidden_states + residual;  weight * x / sqrt(mean(x^2) + eps)
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .backend import based_kernels, can_fuse_steps, choose_backend
+from .backend import based_kernels, can_fuse, choose_backend
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +22,7 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _is_fused(op: str, x: torch.Tensor) -> bool:
-    if torch.is_grad_enabled() or not can_fuse_steps(x):
+    if torch.is_grad_enabled() or not can_fuse(x):
         return False
     return _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
 
@@ -107,7 +107,7 @@ def gated_short_conv_step(
     projected: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    One token of the gated short convolution, fused; its plain form is `BasedShortConv` of modeling_based.py.
+    One token of the gated short convolution, fused; its plain form is `BasedGatedConv1d` of modeling_based.py.
 
     Args:
         projected: `[B, 1, 2C]`, the input u and the gate g side by side.
