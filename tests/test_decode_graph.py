@@ -130,8 +130,9 @@ def test_tokens_are_those_of_the_plain_path(model, replays, options, padding):
         torch.manual_seed(0)
         tokens.append(generate(model, ids, **arguments))
     assert torch.equal(*tokens)
-    # The prefill, one step as usual, the others from the graph; transformers has no place for one in a beam search.
-    assert len(replays) == (0 if "num_beams" in options else 4 if "stopping_criteria" in options else 10)
+    # The prefill, one step as usual, the others from the graph; transformers has no place for one in a beam search. By
+    # the time it stops early, one more is on its way.
+    assert len(replays) == (0 if "num_beams" in options else 5 if "stopping_criteria" in options else 10)
 
 
 def test_logits_are_those_of_the_plain_path(model):
@@ -139,6 +140,44 @@ def test_logits_are_those_of_the_plain_path(model):
     plain, fast = plainly(model, prompt(), **options), model.generate(prompt(), **options)
     torch.testing.assert_close(torch.stack(fast.logits), torch.stack(plain.logits), atol=2e-4, rtol=0)
     assert torch.equal(fast.sequences, plain.sequences)
+
+
+def test_the_next_step_is_on_its_way_while_it_is_asked_whether_to_stop(model, replays):
+    """But no cache that somebody sees has read a token that was not asked for."""
+    at_criteria, options = [], {"max_new_tokens": 12, "do_sample": False}
+
+    class Stop(StopAtLength):
+        def __call__(self, input_ids, scores, **kwargs):
+            at_criteria.append(len(replays))
+            return super().__call__(input_ids, scores)
+
+    model.generate(prompt(), **options)
+    replays.clear()
+    model.generate(prompt(), stopping_criteria=[Stop()], **options)
+    # After the prefill, after the first step, and then always one ahead.
+    assert at_criteria == [0, 1, 2, 3, 4, 5]
+    assert len(replays) == 6
+    assert not model._decode_graphs._ready
+    replays.clear()
+    output = model.generate(prompt(), stopping_criteria=[Stop()], return_dict_in_generate=True, **options)
+    assert len(replays) == 5
+    assert output.past_key_values.get_seq_length() == 16
+    cache = StaticCache(model.config, max_cache_len=99)
+    model.generate(prompt(), stopping_criteria=[Stop()], past_key_values=cache, **options)
+    assert cache.get_seq_length() == 16
+
+
+def test_a_criterion_may_generate_itself(model):
+    """With the same model, in between two steps of the other."""
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = [plainly(model, prompt(seed=seed), **options) for seed in range(2)]
+
+    class Inner(StopAtLength):
+        def __call__(self, input_ids, scores, **kwargs):
+            assert torch.equal(model.generate(prompt(seed=1), **options), expected[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    assert torch.equal(model.generate(prompt(), stopping_criteria=[Inner()], **options), expected[0])
 
 
 def test_one_graph_serves_all_lengths_and_calls(model, replays, monkeypatch):

@@ -5,6 +5,9 @@ The cache of a model is of fixed size, so one graph serves every position, promp
 size. A graph works on tensors at fixed addresses, its home; a cache moves in with its first step (one copy) and the one
 that lived there moves out, if somebody still holds it. So any number of caches may take turns, at the price of a copy.
 
+`generate` waits for the GPU after every token to ask whether to stop. By then the graph of the next step is on its way,
+on a stream of its own (`run_ahead`): if there is no next step, its result is not asked for.
+
 A graph repeats what was recorded. It is thrown away when anything that it depends on is no longer as it was then, and
 models with parts that may act differently from call to call (adapters, hooks, quantized weights) are not recorded.
 """
@@ -18,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backend import backend_wanted
@@ -46,6 +50,11 @@ class DecodeGraphs:
         self._graphs: OrderedDict[int, _Graph | None] = OrderedDict()
         self._fingerprint = None
         self._lock = threading.RLock()
+        # The graph and the cache of the last step; whether the one after it is on its way; and what such steps gave to
+        # caches that have not come for it yet.
+        self._last: tuple[_Graph, weakref.ref] | None = None
+        self._is_ahead = False
+        self._ready: weakref.WeakKeyDictionary[Cache, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo):
         # A copy of the model makes its own.
@@ -57,14 +66,23 @@ class DecodeGraphs:
     def refresh(self) -> None:
         """Throws the graphs away if the model, or what decides how it runs, has changed. Called once a `generate`."""
         with self._lock:
+            self.settle()
             fingerprint = _fingerprint(self._model())
             if fingerprint != self._fingerprint:
                 self._graphs.clear()
+                self._last = None
                 self._fingerprint = fingerprint
 
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
         with self._lock:
+            self.settle()
             step = _Step.of(inputs)
+            cache = inputs.get("past_key_values")
+            if cache is not None and cache in self._ready:
+                if step is None:
+                    raise RuntimeError("The next step of this cache has been made ahead, for one token a row alone.")
+                return CausalLMOutputWithPast(logits=self._ready.pop(cache), past_key_values=cache)
+            self._last = None
             if step is None:
                 return self._model()(**inputs)
             batch = step.input_ids.shape[0]
@@ -80,7 +98,42 @@ class DecodeGraphs:
                     lay_side_by_side(self._model())
                     self._fingerprint = _fingerprint(self._model())
                     self._graphs[batch] = _Graph(self._model(), step)
-            return self._graphs[batch].run(step)
+            output = self._graphs[batch].run(step)
+            self._last = self._graphs[batch], weakref.ref(cache)
+            return output
+
+    def run_ahead(self, cache: Cache, tokens: torch.Tensor) -> None:
+        """Starts the step of `tokens` `[B, 1]`, if `cache` made the last one; the caller will ask for no other next."""
+        with self._lock:
+            self.settle()
+            if self._last is not None and self._last[1]() is cache:
+                self._last[0].start_next(tokens)
+                self._is_ahead = True
+
+    def settle(self) -> None:
+        """The current stream waits for the step that is on its way, whose result is put by for its cache."""
+        with self._lock:
+            if self._is_ahead:
+                self._is_ahead = False
+                graph, cache = self._last[0], self._last[1]()
+                logits = graph.finish_next(cache)
+                if cache is not None:
+                    self._ready[cache] = logits
+
+
+class AheadOfTheStop(StoppingCriteriaList):
+    """The criteria of one call of `generate`; while the GPU decides by them, it is given the next step."""
+
+    def __init__(self, criteria: StoppingCriteriaList, model: nn.Module, cache: Cache):
+        super().__init__(criteria)
+        self._model, self._cache = model, cache
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        graphs, max_length = self._model._decode_graphs, self.max_length
+        if graphs is not None and (max_length is None or input_ids.shape[1] < max_length):
+            graphs.run_ahead(self._cache, input_ids[:, -1:])
+        return is_done
 
 
 class _Step:
@@ -134,6 +187,7 @@ class _Graph:
             ).logits
 
         self._replay, self._logits = record(forward, model.device)
+        self._aside = Aside(model.device)
         # Recording told the layers of a token, but did not do it.
         for layer in step.cache.layers:
             layer.count(-1)
@@ -146,6 +200,20 @@ class _Graph:
         for layer in step.cache.layers:
             layer.count(1)
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+    def start_next(self, tokens: torch.Tensor) -> None:
+        """Begins a step like the last one, on the tokens that follow, beside the current stream."""
+        input_ids, position_ids, exists = self._inputs
+        input_ids.copy_(tokens)
+        position_ids.add_(1)
+        exists.fill_(True)
+        self._aside.run(self._replay)
+
+    def finish_next(self, cache: Cache | None) -> torch.Tensor:
+        self._aside.join()
+        for layer in cache.layers if cache is not None else ():
+            layer.count(1)
+        return self._logits.clone()
 
     def _move_in(self, cache: Cache) -> None:
         if all(map(_lives_at, cache.layers, self._home)):
@@ -177,6 +245,27 @@ def record(forward: Callable[[], torch.Tensor], device: torch.device) -> tuple[C
     with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = forward()
     return graph.replay, output
+
+
+class Aside:
+    """A stream beside the current one of a GPU; elsewhere things are done in order."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """After all that the current stream has been given so far."""
+        if self._stream is None:
+            work()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def join(self) -> None:
+        """What the current stream is given from now on comes after the `work`."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 def has_begun(layer) -> bool:

@@ -46,7 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
-from .decode_graph import DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
+from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .integrations_based import register_integrations
 from .ops import (
     at_least_fp32,
@@ -1078,7 +1078,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         if generation_config.prefill_chunk_size is not None and (obstacle or generation_config.compile_config):
             # transformers would compile the forward of a piece; on CUDA, torch 2.11 crashed in the launcher of that.
             generation_config.disable_compile = True
-        is_default = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        is_new = model_kwargs.get("past_key_values") is None
+        is_default = is_new and generation_config.cache_implementation is None
         if is_default and self._can_step_by_graph(generation_config, generation_mode) and not obstacle:
             # Of fixed size like every state of ours, so it costs nothing.
             model_kwargs["past_key_values"] = StaticCache(self.config, max_cache_len=self.config.sliding_window)
@@ -1090,6 +1091,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         if cache is None:
             return
         adopt_cache(cache, self.config)
+        # Nobody will see whether it has read a token more than it gave.
+        cache.is_private = is_new and not generation_config.return_dict_in_generate
         if generation_mode == GenerationMode.ASSISTED_GENERATION and cache.get_seq_length() > 0:
             raise ValueError(
                 "Assisted and prompt-lookup decoding read the whole text, also the part that this cache has seen: it "
@@ -1107,6 +1110,17 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             and not generation_config.output_hidden_states
             and self.config._attn_implementation in ("sdpa", "eager")
         )
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """Called by `generate` for greedy search and sampling."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache) and cache.is_private:
+            stopping_criteria = AheadOfTheStop(stopping_criteria, self, cache)
+        try:
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        finally:
+            if self._decode_graphs is not None:
+                self._decode_graphs.settle()
 
     def get_compiled_call(self, compile_config):
         """
