@@ -225,12 +225,14 @@ def test_operations_on_an_empty_cache(tiny_model):
 
 @pytest.mark.parametrize("layer_types", [*PATTERNS, ATTENTION_FREE], ids="-".join)
 @pytest.mark.parametrize("start", [0, 3, 20])
-@pytest.mark.parametrize("remove", [1, 5, 9])
-def test_crop_is_exact(tiny_model, layer_types, start, remove):
+@pytest.mark.parametrize(
+    ("remove", "split"), [(1, [2, 1]), (5, [2, 1]), (9, [2, 1]), (5, []), (3, [1] * 6), (40, [2, 1]), (40, [1] * 43)]
+)
+def test_crop_is_exact(tiny_model, layer_types, start, remove, split):
     """Tokens recorded over several forwards, single steps among them, taken back over and over."""
     model = tiny_model(layer_types=layer_types)
     ids = tokens(2, start + 30)
-    mask = torch.ones(2, start + 50, dtype=torch.long)
+    mask = torch.ones(2, start + 90, dtype=torch.long)
     mask[1, : min(start, 2)] = 0
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -243,7 +245,7 @@ def test_crop_is_exact(tiny_model, layer_types, start, remove):
             wrong = tokens(2, remove, seed=8 + round_)
             draft = torch.cat([ids[:, position : position + 4], wrong], dim=1)
             seen = position
-            for part in draft.split([2, 1, draft.shape[1] - 3], dim=1):
+            for part in draft.split([*split, draft.shape[1] - sum(split)], dim=1):
                 seen += part.shape[1]
                 model(part, attention_mask=mask[:, :seen], past_key_values=cache)
             cache.crop(-remove)
@@ -253,6 +255,42 @@ def test_crop_is_exact(tiny_model, layer_types, start, remove):
     torch.testing.assert_close(got, expected[:, position:], atol=5e-5, rtol=0)
     first = cache.layers[0]
     assert isinstance(first, CountingTaylorCacheLayer) == ("sliding_attention" not in layer_types)
+
+
+def test_crop_takes_back_what_waits_beside_the_state(tiny_model):
+    """The state is not written, and no copy of it made, as long as the tokens fit."""
+    model = tiny_model(layer_types=PATTERNS[0])
+    layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+    assert layers
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(2, 9), past_key_values=cache)
+        before = [cache.layers[i].recurrent_states[0].clone() for i in layers]
+        cache.activate_past_recording()
+        for length in (7, 1, 1):
+            model(tokens(2, length), past_key_values=cache)
+        for i, state in zip(layers, before):
+            assert cache.layers[i].held == 9
+            assert cache.layers[i].snapshot is None
+            assert torch.equal(cache.layers[i].recurrent_states[0], state)
+        with pytest.raises(RuntimeError, match="Cannot remove 10 tokens: only 9 recorded"):
+            cache.crop(-10)
+
+
+def test_crop_with_masks_in_some_forwards_only(tiny_model):
+    model = tiny_model(layer_types=PATTERNS[0])
+    ids, cache = tokens(2, 20), DynamicCache(config=model.config)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, 12:14] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 16:]
+        model(ids[:, :8], past_key_values=cache)
+        cache.activate_past_recording()
+        for start, end in ((8, 11), (11, 15), (15, 19)):
+            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        cache.crop(-3)
+        got = model(ids[:, 16:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 
 
 def test_crop_errors(tiny_model):

@@ -6,8 +6,8 @@
     sliding_attention   keys, values [B, H, W, D]      in a static cache: a ring, token r of a row at slot r % W
 
 transformers builds its own layers; `adopt_cache` swaps these in when a cache is first used. The window of a dynamic
-cache stays transformers'. A recurrent state is a function of the tokens it has seen, so the tokens since a snapshot are
-enough to take some of them back.
+cache stays transformers'. A recurrent state is a function of the tokens it has seen: those that still wait beside it
+are taken back by not counting them, others by redoing what was kept since a snapshot.
 """
 
 from collections.abc import Callable
@@ -54,10 +54,12 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
 
     def __init__(self, **kwargs):
         super().__init__()
-        # For `crop`: the state before the recorded tokens, those tokens, and how to fold them into a state.
+        # For `crop`: the state before the recorded tokens, those tokens, and how to fold them into a state; or, instead
+        # of these, how many of the tokens that wait beside the state may be taken back.
         self.snapshot: torch.Tensor | None = None
         self.recorded: list[tuple[torch.Tensor | None, ...]] = []
         self.fold: Callable | None = None
+        self.held = 0
         # What `taylor_attention_lazy_step` has not folded into the state yet: its keys, values and their number; and
         # the scale of the mixer, which folds them.
         self.pending: dict[str, torch.Tensor] = {}
@@ -80,10 +82,14 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
 
     def lazily(self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
-        The state of this `shape`, and room for tokens `[B, 1, H, D]` that wait, as `taylor_attention_lazy_step` takes
-        them.
+        The state of this `shape`, and room for tokens `[B, T, H, D]` that wait, as `taylor_attention_lazy_step` takes
+        them. While recording, those that come now can be taken back.
         """
         check_shape(self.recurrent_states[0], shape)
+        if self.record_past:
+            if not self.held and self.pending:
+                fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.scale)
+            self.held += key.shape[1]
         if not self.pending:
             batch, _, heads, _ = key.shape
             self.pending = {
@@ -92,6 +98,19 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
                 "num_pending": torch.zeros(batch, heads, dtype=torch.int32, device=key.device),
             }
         return self.recurrent_states[0], *self.pending.values()
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """While recording: whether so many more tokens may wait beside the state, to be taken back from there."""
+        fits = self.held + num_tokens < NUM_PENDING and (num_tokens == 1 or not self.held)
+        return self.record_past and not self.recorded and fits
+
+    def hold(self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor) -> None:
+        """Lets all tokens `[B, T, H, D]` of a forward wait beside the state of this `shape`, which has been `read`."""
+        _, pending_keys, pending_values, num_pending = self.lazily(shape, key, value)
+        length = key.shape[1]
+        pending_keys[:, :, :length].copy_(key.transpose(1, 2))
+        pending_values[:, :, :length].copy_(value.transpose(1, 2))
+        num_pending.fill_(length)
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Stores the state after this forward's tokens, at the same address as the one before."""
@@ -117,14 +136,26 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         Told this forward's `tokens` (each `[B, T, ...]` or `None`) before `read`, and how `fold(state, *tokens)` makes
         them part of a state; kept so that `crop` can redo them.
         """
-        if self.record_past:
-            self.fold = fold
-            self.recorded.append(tokens)
+        if not self.record_past:
+            return
+        self.fold = fold
+        if self.held:
+            held = (
+                self.pending[name][:, :, : self.held].transpose(1, 2) for name in ("pending_keys", "pending_values")
+            )
+            self.snapshot = self.recurrent_states[0].clone()
+            self.recorded = [(*(x.clone() for x in held), None)]
+            self.held = 0
+        elif not self.recorded:
+            self.snapshot = None if self.state is None else self.state.clone()
+        self.recorded.append(tokens)
 
     def activate_past_recording(self):
         super().activate_past_recording()
-        self.snapshot = None if self.state is None else self.state.clone()
-        self.recorded = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.snapshot, self.recorded, self.held = None, [], 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -136,29 +167,30 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`crop` takes minus the number of tokens to remove; got {tokens_to_remove}.")
-        if self.state is None:
+        if not self.has_previous_state[0]:
             return
         if tokens_to_remove and not self.record_past:
             raise RuntimeError("`crop` needs the tokens: call `activate_past_recording` on the cache before they come.")
         if tokens_to_remove:
-            keep = sum(tokens[0].shape[1] for tokens in self.recorded) + tokens_to_remove
+            keep = (self.held or sum(tokens[0].shape[1] for tokens in self.recorded)) + tokens_to_remove
             if keep < 0:
                 raise RuntimeError(
                     f"Cannot remove {-tokens_to_remove} tokens: only {keep - tokens_to_remove} recorded."
                 )
             self.count(tokens_to_remove)
-            if keep == 0 and self.snapshot is None:
+            if self.held:
+                self.pending["num_pending"].add_(tokens_to_remove)
+            elif keep == 0 and self.snapshot is None:
                 self.reset()
             else:
-                tokens = (None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*self.recorded))
-                kept = [None if token is None else token[:, :keep] for token in tokens]
-                self.recurrent_states[0].copy_(self.fold(self.snapshot, *kept) if keep else self.snapshot)
-        self.recorded = []
-        self.snapshot = None if self.state is None or not self.record_past else self.state.clone()
+                kept = [_joined(self.recorded, i, keep) for i in range(len(self.recorded[0]))]
+                self.state.copy_(self.fold(self.snapshot, *kept) if keep else self.snapshot)
+        self._forget()
 
     def reset(self) -> None:
         super().reset()
-        self.snapshot, self.recorded, self.pending = None, [], {}
+        self.pending = {}
+        self._forget()
 
     def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.has_previous_state[0]:
@@ -167,6 +199,15 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         self.recurrent_states[0] = _put(rows(self.recurrent_states[0]), self.recurrent_states[0])
         self.snapshot = None if self.snapshot is None else rows(self.snapshot)
         self.recorded = [tuple(None if x is None else rows(x) for x in tokens) for tokens in self.recorded]
+
+
+def _joined(recorded: list[tuple[torch.Tensor | None, ...]], i: int, keep: int) -> torch.Tensor | None:
+    """The first `keep` tokens of what was given as number `i`, `[B, T, ...]`; a mask may have been left out."""
+    if all(tokens[i] is None for tokens in recorded):
+        return None
+    all_exist = (tokens[0].new_ones(tokens[0].shape[:2], dtype=torch.bool) for tokens in recorded)
+    parts = [ones if tokens[i] is None else tokens[i] for tokens, ones in zip(recorded, all_exist)]
+    return torch.cat(parts, dim=1)[:, :keep]
 
 
 class CountingTaylorCacheLayer(TaylorCacheLayer, CacheLayerMixin):

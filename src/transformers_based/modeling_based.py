@@ -303,19 +303,25 @@ class BasedLinearAttention(nn.Module):
             layer: TaylorCacheLayer = past_key_values.layers[self.layer_idx]
             layer.scale = self.scaling
             shape = state_shape(batch, query.shape[2], self.feature_dim, self.head_dim)
-            layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
-            is_step = length == 1 and layer.has_previous_state[0] and not torch.is_grad_enabled()
-            if is_step and not layer.record_past and is_lazy_step_faster(query, value):
+            goes_on = layer.has_previous_state[0] and not torch.is_grad_enabled()
+            holds = goes_on and attention_mask is None and layer.can_hold(length)
+            if not holds:
+                layer.record(partial(taylor_state, scale=self.scaling), key, value, attention_mask)
+            is_lazy = holds or (not layer.record_past and is_lazy_step_faster(query, value))
+            if goes_on and length == 1 and is_lazy:
                 lazy_state = layer.lazily(shape, key, value)
                 output = taylor_attention_lazy_step(query, key, value, *lazy_state, **options)
-            elif is_step:
+            elif goes_on and length == 1:
                 output = taylor_attention_step(query, key, value, layer.read(*shape), **options)
             else:
                 state = layer.read(*shape)
                 output, state = taylor_attention(
-                    query, key, value, initial_state=state, output_final_state=True, **options
+                    query, key, value, initial_state=state, output_final_state=not holds, **options
                 )
-                layer.update_recurrent_state(state)
+                if holds:
+                    layer.hold(shape, key, value)
+                else:
+                    layer.update_recurrent_state(state)
             layer.count(length)
         return self.o_proj(output.reshape(batch, length, -1))
 
