@@ -18,18 +18,26 @@ what was left out is listed with the reason.
 """
 
 import argparse
-import contextlib
-import gc
-import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import transformers
+from benchmark_tools import (
+    BACKEND_VARIABLE,
+    RESULTS,
+    Run,
+    Wrong,
+    copy_bandwidth,
+    does_not_fit,
+    free_bytes,
+    plain_pytorch,
+    random_ids,
+    release_memory,
+    synchronize,
+)
 from generation_report import write_report
 from model_shapes import CONFIGS, SHAPES, based_config, build
 from safetensors.torch import load_file
@@ -39,24 +47,13 @@ from transformers.utils import logging
 from transformers_based import BasedForCausalLM
 
 
-HERE = Path(__file__).resolve().parent
-REFERENCE = HERE.parent / "tests" / "reference" / "based-tiny"
+REFERENCE = RESULTS.parent.parent / "tests" / "reference" / "based-tiny"
 SHORT_PROMPT, WARM_UP_TOKENS = 16, 8
 POSITION_BATCH, PREFILL_PIECE = 16, 4096
 # Of the free memory, for caches and activations; the rest is for what the allocator splits.
 SHARE_OF_MEMORY = 0.92
 # How long a cell is taken to last before one like it is known: any, one of the best batch, one with a compilation.
 GUESS_SECONDS, GUESS_BEST_SECONDS, GUESS_COMPILED_SECONDS = 15, 45, 120
-
-
-class Wrong(Exception):
-    """What is about to be timed does not compute what it should."""
-
-
-def random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
-    """[batch, length]. Never 0, which serves as padding."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options):
@@ -70,19 +67,6 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **optio
         pad_token_id=0,
         **options,
     )
-
-
-@contextlib.contextmanager
-def plain_pytorch() -> Iterator[None]:
-    """No kernels inside."""
-    before = os.environ.get("TRANSFORMERS_BASED_BACKEND")
-    os.environ["TRANSFORMERS_BASED_BACKEND"] = "torch"
-    try:
-        yield
-    finally:
-        del os.environ["TRANSFORMERS_BASED_BACKEND"]
-        if before is not None:
-            os.environ["TRANSFORMERS_BASED_BACKEND"] = before
 
 
 def verify(shape: str, device: torch.device) -> dict:
@@ -143,32 +127,6 @@ def step_seconds(once: Sequence[float], whole: Sequence[float], tokens: int) -> 
     return step
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).view(torch.int32)
-    target, times = torch.empty_like(source), []
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
-
-
 def cache_bytes(cache) -> tuple[int, int]:
     """Bytes that the tensors of a cache take, and those that a step has to read and write of them."""
     held = moved = 0
@@ -208,82 +166,28 @@ def activation_bytes(model: PreTrainedModel) -> float:
     return (torch.cuda.max_memory_allocated() - before) / ids.numel()
 
 
-def free_bytes(device: torch.device) -> float:
-    """Unknown, and taken as endless, without a GPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-
-
-def does_not_fit(needed: float, free: float) -> str:
-    return f"does not fit: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-
-
-class Run:
-    """The models, the clock, and the results, which are on the disk whenever a cell is done."""
-
+class GenerationRun(Run):
     def __init__(self, args: argparse.Namespace):
-        self.args, self.started, self.lasted = args, time.perf_counter(), {}
-        self.device = torch.device(args.device)
-        cuda = self.device.type == "cuda"
-        self.results = {
-            "device": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "dtype": args.dtype,
-            "backend": os.environ.get("TRANSFORMERS_BASED_BACKEND", "auto"),
-            "prompt": args.prompt,
-            "new_tokens": args.new_tokens,
-            "copy_bytes_per_second": copy_bandwidth(self.device),
-            "verified": {},
-            "models": [],
-            "cells": [],
-            "positions": [],
-            "left_out": [],
-        }
+        super().__init__(
+            args,
+            "generation",
+            args.time_limit,
+            dtype=args.dtype,
+            backend=os.environ.get(BACKEND_VARIABLE, "auto"),
+            prompt=args.prompt,
+            new_tokens=args.new_tokens,
+            copy_bytes_per_second=copy_bandwidth(torch.device(args.device)),
+            verified={},
+            models=[],
+            cells=[],
+            positions=[],
+        )
 
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def write(self) -> None:
-        self.results["seconds"] = self.elapsed()
-        self.args.output.mkdir(parents=True, exist_ok=True)
-        path = self.args.output / "generation.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(path)
-
-    def attempt(self, name: dict, measure: Callable[[], dict], into: str = "cells", compiles: bool = False) -> bool:
-        """Adds the cell `name | measure()`, or says why it is left out. Whether memory sufficed."""
+    def cell(self, name: dict, measure: Callable[[], dict], into: str = "cells", compiles: bool = False) -> bool:
+        """See `attempt`."""
         kind = (name["shape"], name["model"], name["mode"], name.get("best"), into)
         guess = GUESS_COMPILED_SECONDS if compiles else GUESS_BEST_SECONDS if "best" in name else GUESS_SECONDS
-        guess = self.lasted.get(kind, guess)
-        if self.args.time_limit and self.elapsed() + guess > self.args.time_limit:
-            self.leave_out(name, "time limit")
-            return True
-        started, failure = time.perf_counter(), None
-        try:
-            cell = name | measure()
-        except Exception as error:
-            # The other cells are worth having; main() exits with an error all the same, if it is not about memory.
-            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-                failure = "out of memory"
-            else:
-                if not isinstance(error, Wrong):
-                    traceback.print_exc()
-                failure = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
-        if failure:
-            release_memory()
-            self.leave_out(name, failure)
-            return failure != "out of memory"
-        self.lasted[kind] = max(self.lasted.get(kind, 0), time.perf_counter() - started)
-        self.results[into].append(cell)
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in cell.items()}
-        print(f"[{self.elapsed():5.0f} s] " + ", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
-        self.write()
-        return True
-
-    def leave_out(self, name: dict, reason: str) -> None:
-        self.results["left_out"].append(name | {"reason": reason})
-        print(f"[{self.elapsed():5.0f} s] left out, {reason}: {name}", flush=True)
-        self.write()
+        return self.attempt(name, measure, into, kind, guess)
 
     def seconds(self, model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options) -> float:
         synchronize(self.device)
@@ -322,7 +226,7 @@ class Run:
 class ModelRun:
     """The cells of one model of one shape."""
 
-    def __init__(self, run: Run, shape: str, kind: str):
+    def __init__(self, run: GenerationRun, shape: str, kind: str):
         self.run, self.shape, self.kind, self.model = run, shape, kind, None
         self.renew()
         self.sizes, self.activations = cache_size(self.model), activation_bytes(self.model)
@@ -382,7 +286,7 @@ class ModelRun:
         if self.bytes_for(mode, batch) > self.free:
             self.run.leave_out(name, does_not_fit(self.bytes_for(mode, batch), self.free))
             return False
-        fitted = self.run.attempt(name, lambda: self.measure(mode, batch), compiles=mode == "static")
+        fitted = self.run.cell(name, lambda: self.measure(mode, batch), compiles=mode == "static")
         if mode == "static" or not fitted:
             self.renew()
         return fitted
@@ -448,7 +352,7 @@ class ModelRun:
             needed += self.activations * batch * min(position, PREFILL_PIECE)
             if needed > self.free:
                 self.run.leave_out(name, does_not_fit(needed, self.free))
-            elif not self.run.attempt(name, lambda: self.measure_position(cache, ids, position), into="positions"):  # noqa: B023
+            elif not self.run.cell(name, lambda: self.measure_position(cache, ids, position), into="positions"):  # noqa: B023
                 break
 
     @torch.no_grad()
@@ -500,7 +404,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, help="seconds; what would not be done by then is left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="a folder")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--plot-only", action="store_true", help="table and plot of the results that are there")
     args = parser.parse_args()
     if args.prompt < 1 or args.new_tokens < 2 or min([1, *args.batches, *args.llama_static_batches]) < 1:
@@ -510,16 +414,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    failures = None
     if not args.plot_only:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        run = Run(args)
+        run = GenerationRun(args)
         for shape in args.shapes:
             run.shape(shape)
         run.write()
-    results = write_report(args.output)
-    if failed := [cell for cell in results["left_out"] if cell["reason"].startswith("failed")]:
-        sys.exit(f"{len(failed)} cells failed: see above and the list of what was left out.")
+        failures = run.failures()
+    write_report(args.output)
+    sys.exit(failures)
 
 
 if __name__ == "__main__":

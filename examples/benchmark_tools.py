@@ -252,33 +252,3 @@ class Run:
         """For `sys.exit`: cells that did not end for want of time or memory."""
         failed = [cell for cell in self.results["left_out"] if cell["reason"].startswith("failed")]
         return f"{len(failed)} cells failed: see above and the list of what was left out." if failed else None
-
-
-def read_results(path: Path, program: str) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SystemExit(f"No {path.name} in {path.parent}: run {program} without --plot-only first.") from None
-
-
-def machine_line(results: dict) -> str:
-    return f"{results['device']}; " + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-
-
-def markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """The first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def import_pyplot(folder: Path):
-    """matplotlib without a screen; None, and a word about it, where it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print(f"No plot: matplotlib is not installed. --plot-only draws it elsewhere, from what is in {folder}.")
-        return None
-    return pyplot

@@ -25,16 +25,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from benchmark_report import left_out_list, machine_line, markdown_table, write_report
 from benchmark_tools import (
     RESULTS,
     Run,
     backend,
     forward_flops,
-    machine_line,
-    markdown_table,
     product_rate,
     random_ids,
-    read_results,
     release_memory,
     synchronize,
     timed,
@@ -324,7 +322,7 @@ def pass_table(cells: list[dict]) -> list[str]:
     return markdown_table(["", *(f"{LABELS[cell['backend']]}, batch {cell['batch']}" for cell in cells)], rows)
 
 
-def report(results: dict) -> str:
+def table(results: dict) -> str:
     lines = [
         "# Where the time goes",
         "",
@@ -337,18 +335,11 @@ def report(results: dict) -> str:
         names = {"prefill": "prefill", "training": "forward and backward"}
         title = names[kind] + (" and AdamW" if kind == "training" and cells[0]["optimizer"] else "")
         lines += ["", f"## {shape}, {title}", "", *pass_table(cells)]
-    if results["left_out"]:
-        lines += ["", "## Left out", ""]
-        for cell in results["left_out"]:
-            where = f"{cell['shape']}, {cell['pass']}, {LABELS[cell['backend']]}, batch {cell['batch']}"
-            lines.append(f"- {where}: {cell['reason']}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + left_out_list(results, describe)) + "\n"
 
 
-def write_report(folder: Path) -> None:
-    text = report(read_results(folder / "profile.json", "profile_model.py"))
-    (folder / "profile.md").write_text(text)
-    print(f"\n{text}")
+def describe(cell: dict) -> str:
+    return f"{cell['shape']}, {cell['pass']}, {LABELS[cell['backend']]}, batch {cell['batch']}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -382,7 +373,7 @@ def main() -> None:
             run.shape(shape)
         run.write()
         failures = run.failures()
-    write_report(args.output)
+    write_report(args.output, "profile", table)
     sys.exit(failures)
 
 

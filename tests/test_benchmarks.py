@@ -114,7 +114,7 @@ def wrong_without_the_plain_backend(monkeypatch, change):
 def test_generation_refuses_a_wrong_path(program, settings, monkeypatch, change):
     monkeypatch.delenv("TRANSFORMERS_BASED_BACKEND", raising=False)
     wrong_without_the_plain_backend(monkeypatch, change)
-    run = program.Run(settings())
+    run = program.GenerationRun(settings())
     with pytest.raises(SystemExit, match=r"Not timed\. .* original code"):
         run.shape("tiny")
     assert run.results["cells"] == run.results["positions"] == []
@@ -149,7 +149,7 @@ def test_greedy_tokens_may_differ_after_a_tie_only(program):
 
 def test_best_batch_is_halved_where_memory_runs_out_and_a_failure_costs_one_cell(program, settings, monkeypatch):
     monkeypatch.setattr(program, "verify", lambda shape, device: {})
-    run = program.Run(settings(batches=[1, 2], largest_batch=8, positions=[], without_llama=True))
+    run = program.GenerationRun(settings(batches=[1, 2], largest_batch=8, positions=[], without_llama=True))
     measure = program.ModelRun.measure
 
     def limited(self, mode, batch):
@@ -169,7 +169,7 @@ def test_best_batch_is_halved_where_memory_runs_out_and_a_failure_costs_one_cell
 def test_what_does_not_fit_is_named(program, settings, monkeypatch):
     monkeypatch.setattr(program, "verify", lambda shape, device: {})
     monkeypatch.setattr(program, "free_bytes", lambda device: 1_000_000)
-    run = program.Run(settings(batches=[1, 100], largest_batch=64, positions=[], without_llama=True))
+    run = program.GenerationRun(settings(batches=[1, 100], largest_batch=64, positions=[], without_llama=True))
     run.shape("tiny")
     (left_out,) = run.results["left_out"]
     assert left_out["batch"] == 100
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_named(program, settings, monkeypatch):
 
 def test_what_comes_too_late_is_named_and_reported_without_matplotlib(program, settings, monkeypatch, capsys):
     monkeypatch.setattr(program, "verify", lambda shape, device: {})
-    late = program.Run(settings(time_limit=1))
+    late = program.GenerationRun(settings(time_limit=1))
     late.started -= 1
     late.shape("tiny")
     assert late.results["cells"] == late.results["positions"] == []
