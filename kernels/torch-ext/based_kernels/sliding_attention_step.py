@@ -21,8 +21,10 @@ import triton.language as tl
 from .checks import check_sliding_step_inputs, device_guard, vector_rows
 
 
-# Elements in a tile of keys or values: both stay in registers.
-_TILE = 8192
+# Elements in a tile of keys or values, by bytes of an element: both stay in registers. One warp a program waits for no
+# other, and the tiles to come are loaded meanwhile.
+_TILE = {2: 2048, 4: 2048}
+_NUM_WARPS = {2: 1, 4: 2}
 
 
 @triton.jit
@@ -126,7 +128,7 @@ def _sliding_attention_step_kernel(
         b_max = tl.sum(b_q * b_k.to(tl.float32), axis=0) * scale
         b_z = 1.0
         b_o = b_v.to(tl.float32)
-        for i_w in range(tl.cdiv(earlier, BLOCK_W)):
+        for i_w in tl.range(tl.cdiv(earlier, BLOCK_W), num_stages=2):
             # how many tokens before the last one
             o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
             m_w = o_w < earlier
@@ -146,7 +148,7 @@ def _sliding_attention_step_kernel(
             b_o = b_o * b_shrink + tl.sum(b_p[:, None] * b_values.to(tl.float32), axis=0)
             b_max = b_new_max
         tl.store(p_o + i_g * DH, (b_o / b_z).to(p_o.dtype.element_ty), mask=m_d)
-    # every warp has read the count before one of them changes it
+    # every warp, if there is more than one, has read the count before one of them changes it
     tl.debug_barrier()
     tl.store(p_count, count + 1)
 
@@ -190,9 +192,9 @@ def _sliding_attention_step(query, key, value, cos, sin, keys, values, count, sc
             DH=DH,
             W=W,
             BLOCK_D=block_d,
-            BLOCK_W=max(min(_TILE // block_d, triton.next_power_of_2(W - 1)), 1),
+            BLOCK_W=max(min(_TILE[query.itemsize] // block_d, triton.next_power_of_2(W - 1)), 1),
             HAS_MASK=mask is not None,
-            num_warps=8 if query.dtype == torch.float32 else 4,
+            num_warps=_NUM_WARPS[query.itemsize],
         )
     return output
 
