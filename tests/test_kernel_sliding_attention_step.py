@@ -122,7 +122,7 @@ def test_a_window_of_65_on_its_way_round(H, HKV, DH, dtype):
 
 @pytest.mark.parametrize(("DH", "W"), [(256, 70), (8, 300)])
 def test_several_blocks(monkeypatch, DH, W):
-    monkeypatch.setattr(module, "_TILE", 16 * DH)
+    monkeypatch.setattr(module, "_TILE", dict.fromkeys((2, 4), 16 * DH))
     compare(make(2, W + 6, 2, 1, DH, torch.float32), W, seen=[W + 3, 40], steps=3)
 
 
@@ -131,7 +131,7 @@ def test_weights_far_apart(monkeypatch, factor):
     """Scores of hundreds, the largest in any block: the sum is rescaled without overflow."""
     # A score of hundreds in fp32 has an error of as many units of the exponent's, in any order of its sum.
     monkeypatch.setitem(TOLERANCE, torch.float32, 1e-5)
-    monkeypatch.setattr(module, "_TILE", 4 * 16)
+    monkeypatch.setattr(module, "_TILE", dict.fromkeys((2, 4), 4 * 16))
     q, k, v, cos, sin = make(2, 22, 2, 2, 16, torch.float32)
     compare((q * factor, k, v, cos, sin), 17, seen=[19, 5], steps=3)
 

@@ -55,7 +55,7 @@ def test_cpu(based_tiny):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU, and the tensors on the CPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter")
 def test_every_kernel_of_a_step_finds_its_weights(based_tiny, monkeypatch):
     """In Triton's interpreter: a kernel is launched where accelerate has brought its weights."""
     pytest.importorskip("triton", reason="triton is not installed")
