@@ -24,6 +24,11 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def noise(cell: dict) -> str:
+    """Half the interquartile range of the runs, of which there must be some."""
+    return f"{cell['noise'] / 2:.1%}" if cell["runs"] > 1 else "one run"
+
+
 def left_out_list(results: dict, describe: Callable[[dict], str]) -> list[str]:
     """A heading and a line for each cell that was left out; nothing if none was."""
     if not results["left_out"]:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from model_shapes import CONFIGS, build
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,6 +32,8 @@ from transformers_based import BasedConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
+# From this share on of a step's time that its launches take, its kernels may be waiting for them.
+HOST_BOUND = 0.8
 LIBRARIES = ("triton", "mamba_ssm", "causal_conv1d", "flash_attn", "liger_kernel")
 
 
@@ -101,31 +104,73 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
+class LeftOut(Exception):
+    """A cell that is not worth its time; the message says why."""
+
+
 class Timing(NamedTuple):
-    """Of some calls: median, interquartile range / median, how many; and the most memory in use, 0 without a GPU."""
+    """
+    Of some calls: the median; interquartile range / median; how many; how long the host took to launch one, the rest
+    of the time waiting; and the memory that they needed at the peak beside what was there before, 0 without a GPU.
+    """
 
     seconds: float
     noise: float
     runs: int
-    peak_bytes: int
+    host_seconds: float
+    added_bytes: int
 
 
-def timed(call: Callable[[], object], device: torch.device, seconds: float = 1.0, warm_up: int = 2) -> Timing:
-    """Wall clock of `call`, the device done before and after; at least 3 times, then until `seconds` have passed."""
-    for _ in range(warm_up):
-        call()
-    synchronize(device)
-    if device.type == "cuda":
+def timed(
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float = 1.0,
+    check: Callable[[object], object] = lambda output: None,
+) -> Timing:
+    """
+    Wall clock of `call`, the device done before and after: once to warm up, then at least 3 times and until `seconds`
+    have passed; what takes longer than that alone runs once. `check` is given what the first call returns.
+    """
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
+
+    def once() -> tuple[float, float]:
+        synchronize(device)
         start = time.perf_counter()
+        # What it returns is free again before the next one starts.
+        call()
+        launched = time.perf_counter()
+        synchronize(device)
+        return time.perf_counter() - start, launched - start
+
+    check(call())
+    runs = [once()]
+    is_long = runs[0][0] > seconds
+    while not is_long and (len(runs) < 3 or (sum(wall for wall, _ in runs) < seconds and len(runs) < 100)):
+        runs.append(once())
+    walls, hosts = zip(*runs)
+    first, middle, third = quantiles(walls, n=4) if len(walls) > 1 else walls * 3
+    added = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    return Timing(middle, (third - first) / middle, len(walls), median(hosts), added)
+
+
+def kernel_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the sum over its kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call()
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    first, _, third = quantiles(times, n=4)
-    return Timing(median(times), (third - first) / median(times), len(times), peak)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+
+
+def speed(call: Callable[[], object], device: torch.device, seconds: float, check: Callable[[object], object]) -> dict:
+    """The part of a cell that `timed` measures; of what may wait for the host, also the time of the kernels alone."""
+    timing = timed(call, device, seconds, check)
+    cell = {"ms": timing.seconds * 1e3, "noise": timing.noise, "runs": timing.runs, "added_bytes": timing.added_bytes}
+    if device.type == "cuda" and timing.host_seconds > HOST_BOUND * timing.seconds:
+        cell["kernel_ms"] = kernel_seconds(call, device) * 1e3
+    return cell
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -183,6 +228,45 @@ def forward_flops(model: PreTrainedModel, batch: int, length: int, kept: int) ->
     return batch * (products + attention_flops(model.config, length))
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """|got - exact| / |exact|."""
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def check_error(what: str, ours: float, plain: float) -> dict[str, float]:
+    """
+    Errors of the same thing against fp32: `ours`, and that of plain PyTorch in our dtype, which ours may hardly exceed.
+
+    Raises:
+        Wrong: it does, or is not a number.
+    """
+    if not (plain < 0.5 and ours <= 1.5 * plain + 2e-3):
+        raise Wrong(f"{what}: off by {ours:.1e} of fp32, plain PyTorch by {plain:.1e}.")
+    return {"error": ours, "plain_pytorch_error": plain}
+
+
+class Models:
+    """The models that the cells ask for, by shape and kind. The last two are kept, to be measured in turns."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.built = device, dtype, {}
+
+    def get(self, shape: str, kind: str) -> PreTrainedModel:
+        key = shape, kind
+        if key in self.built:
+            self.built[key] = self.built.pop(key)
+        else:
+            for old in list(self.built)[:-1]:
+                del self.built[old]
+            release_memory()
+            self.built[key] = build(CONFIGS[kind](shape), self.device, self.dtype)
+        return self.built[key]
+
+
 class Run:
     """
     The clock, and the results, which are on the disk whenever a cell is done: a run that is cut short keeps the others,
@@ -226,6 +310,8 @@ class Run:
             # The other cells are worth having; the run ends with an error all the same, if it is not about memory.
             if is_out_of_memory(error):
                 failure = "out of memory"
+            elif isinstance(error, LeftOut):
+                failure = str(error)
             else:
                 if not isinstance(error, Wrong):
                     traceback.print_exc()

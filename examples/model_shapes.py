@@ -1,15 +1,23 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""The models that the benchmarks compare: Based as released, and a Llama of the same vocabulary and size.
+"""The models that the benchmarks compare: Based as released, and others of the same vocabulary and size.
 
     python examples/model_shapes.py
 
 prints their parameter counts, which differ by less than 1 percent. Each Llama has the usual proportions (MLP of 8/3 of
-the width, rounded up to a multiple of 256; keys and values for every head); it is the smaller of the two. Weights are
+the width, rounded up to a multiple of 256; keys and values for every head); it is smaller than Based. Each Mamba and
+Mamba 2 has the width, the state and the heads of the released ones, and as many layers as the count allows. Weights are
 random.
 """
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from transformers_based import BasedConfig, based_1b
 
@@ -35,6 +43,16 @@ LLAMA = {
     "360m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
     "1.3b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
+MAMBA = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 6, "state_size": 32},
+    "360m": {"hidden_size": 1024, "num_hidden_layers": 47},
+    "1.3b": {"hidden_size": 2048, "num_hidden_layers": 47},
+}
+MAMBA2 = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 8, "num_heads": 8, "head_dim": 16, "state_size": 24},
+    "360m": {"hidden_size": 1024, "num_hidden_layers": 47, "num_heads": 32},
+    "1.3b": {"hidden_size": 2048, "num_hidden_layers": 48, "num_heads": 64},
+}
 SHAPES = tuple(BASED)
 
 
@@ -42,15 +60,29 @@ def based_config(shape: str, **overrides) -> BasedConfig:
     return BasedConfig(**{**BASED[shape], **overrides})
 
 
+def _like_based(shape: str, *names: str) -> dict:
+    based = based_config(shape)
+    return {name: getattr(based, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", *names)} | {
+        "tie_word_embeddings": True
+    }
+
+
 def llama_config(shape: str, **overrides) -> LlamaConfig:
     """For any length: the positions of the rotary embedding are not limited."""
-    based = based_config(shape)
-    shared = {name: getattr(based, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "rms_norm_eps")}
-    shared |= {"tie_word_embeddings": True, "max_position_embeddings": 2**20}
+    shared = _like_based(shape, "rms_norm_eps") | {"max_position_embeddings": 2**20}
     return LlamaConfig(**{**LLAMA[shape], **shared, **overrides})
 
 
-CONFIGS = {"based": based_config, "llama": llama_config}
+def mamba_config(shape: str, **overrides) -> MambaConfig:
+    return MambaConfig(**{**MAMBA[shape], **_like_based(shape), "pad_token_id": 0, **overrides})
+
+
+def mamba2_config(shape: str, **overrides) -> Mamba2Config:
+    """One group of matrices B and C, as in the released ones."""
+    return Mamba2Config(**{"n_groups": 1, **MAMBA2[shape], **_like_based(shape), "pad_token_id": 0, **overrides})
+
+
+CONFIGS = {"based": based_config, "llama": llama_config, "mamba": mamba_config, "mamba2": mamba2_config}
 
 
 def build(config: PreTrainedConfig, device: str | torch.device = "cpu", dtype=torch.float32, seed=0) -> PreTrainedModel:
@@ -85,10 +117,10 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def main() -> None:
-    print(f"{'':8}{'Based':>16}{'Llama':>16}{'difference':>14}")
+    print("".join(["        ", *(f"{name:>24}" for name in CONFIGS)]))
     for shape in SHAPES:
-        based, llama = (count_parameters(config(shape)) for config in (based_config, llama_config))
-        print(f"{shape:8}{based:>16,}{llama:>16,}{llama / based - 1:>14.2%}")
+        counts = [count_parameters(config(shape)) for config in CONFIGS.values()]
+        print(f"{shape:8}" + "".join(f"{f'{count:,} ({count / counts[0] - 1:+.2%})':>24}" for count in counts))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from benchmark_tools import (
     release_memory,
     synchronize,
     timed,
+    weight_bytes,
 )
 from model_shapes import SHAPES, based_config, build
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -258,7 +259,7 @@ def measure(step: Step, device: torch.device, rate: float) -> dict:
         "tokens_per_second": step.ids.numel() / timing.seconds,
         "flops": step.flops,
         "share_of_limit": step.flops / rate / timing.seconds,
-        "peak_bytes": timing.peak_bytes,
+        "peak_bytes": weight_bytes(step.model) + timing.added_bytes if device.type == "cuda" else 0,
     }
 
 
