@@ -104,6 +104,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
+def training_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Forward and backward of transformers' own loss, which comes back; the gradients are in the parameters."""
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
 class LeftOut(Exception):
     """A cell that is not worth its time; the message says why."""
 
@@ -265,6 +272,10 @@ class Models:
             release_memory()
             self.built[key] = build(CONFIGS[kind](shape), self.device, self.dtype)
         return self.built[key]
+
+    def drop(self, shape: str, kind: str) -> None:
+        """One that has been changed."""
+        self.built.pop((shape, kind), None)
 
 
 class Run:

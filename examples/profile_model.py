@@ -36,6 +36,7 @@ from benchmark_tools import (
     release_memory,
     synchronize,
     timed,
+    training_step,
     weight_bytes,
 )
 from model_shapes import SHAPES, based_config, build
@@ -230,7 +231,7 @@ class Step:
             with torch.no_grad():
                 self.model(self.ids, use_cache=True, logits_to_keep=1)
             return
-        self.model(self.ids, labels=self.ids, use_cache=False).loss.backward()
+        training_step(self.model, self.ids)
         if self.optimizer is not None:
             self.optimizer.step()
         self.model.zero_grad()
