@@ -5,8 +5,8 @@
     python examples/benchmark_training.py --plot-only
 
 First verifies, then times, then a table and a plot. A step is forward and backward of transformers' own loss, which
-holds the logits of every token, with weights and gradients in one dtype and no optimizer; Llama with SDPA, which takes a
-flash kernel.
+holds the logits of every token, with weights and gradients in one dtype and no optimizer; Llama with SDPA, which takes
+a flash kernel.
 
     batch          as many rows as make `--tokens` tokens, at least one
     share          (3 * arithmetic of the forward / rate of a large product) / time; what checkpointing computes again
