@@ -1,10 +1,11 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Plain-PyTorch Based on a CPU: chunked Taylor attention against the quadratic form, and the cost of a cached step
-behind few and many tokens, beside a Llama of equal size.
+"""Plain-PyTorch Based on a CPU: chunked Taylor attention against the quadratic form; beside a Llama of equal size, a
+prefill, and the cost of a cached step behind few and many tokens.
 
     python examples/benchmark_cpu.py
 
-Nothing is timed before it is right: both forms against the quadratic one in fp64, a step against the whole forward.
+Nothing is timed before it is right: both forms against the quadratic one in fp64, the prefill against the same model in
+fp64, a step against the whole forward.
 """
 
 import argparse
@@ -78,6 +79,57 @@ def compare_forms(tokens: int, heads: int, repeats: int) -> None:
     print(f"chunked is {times[quadratic] / times[chunked]:.1f} times faster\n")
 
 
+def small_models() -> dict[str, PreTrainedModel]:
+    """The small checkpoint, and a Llama like it; says how many parameters they have."""
+    based = BasedForCausalLM.from_pretrained(SMALL_MODEL).eval()
+    models = {"Based": based, "Llama": build(llama_like(based.config))}
+    sizes = ", ".join(f"{name} {model.num_parameters():,}" for name, model in models.items())
+    print(f"Batch 1, fp32; parameters: {sizes}")
+    return models
+
+
+def random_ids(models: dict[str, PreTrainedModel], length: int) -> torch.Tensor:
+    vocab_size = models["Based"].config.unpadded_vocab_size
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def in_turns(keys: list, repeats: int) -> Iterator:
+    """
+    Each of `keys` `repeats` times: so that whatever else the machine does hits all alike, and shuffled, so that none
+    always follows another.
+    """
+    for turn in range(repeats):
+        yield from random.Random(turn).sample(keys, len(keys))
+
+
+def compare_prefill(tokens: int, repeats: int) -> None:
+    """A forward of the whole text that fills a cache and makes the logits of the last token."""
+    models = small_models()
+    ids = random_ids(models, tokens)
+
+    def prefill(model: PreTrainedModel) -> torch.Tensor:
+        return model(ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    differences, walls, processors = {}, {}, {}
+    for name, model in models.items():
+        exact = prefill(copy.deepcopy(model).double())
+        differences[name] = float((prefill(model) - exact).abs().max() / exact.abs().max())
+        if not differences[name] < 1e-3:
+            sys.exit(f"The prefill of {name} is off by {differences[name]:.1e}: not timed.")
+    for name in in_turns(list(models), repeats):
+        wall, processor = time.perf_counter(), time.process_time()
+        prefill(models[name])
+        walls.setdefault(name, []).append(time.perf_counter() - wall)
+        processors.setdefault(name, []).append(time.process_time() - processor)
+    print(f"A prefill of {tokens:,} tokens, the fastest of {repeats}, and the least time of all processors together")
+    print(f"{'':12}{'error to fp64':>16}{'ms':>12}{'processors':>12}{'tokens/s':>12}")
+    for name, difference in differences.items():
+        wall, processor = min(walls[name]), min(processors[name])
+        print(f"{name:12}{difference:>16.1e}{wall * 1e3:>12.1f}{processor * 1e3:>12.1f}{tokens / wall:>12,.0f}")
+    wall, processor = (min(times["Llama"]) / min(times["Based"]) for times in (walls, processors))
+    print(f"A prefill of Llama takes {wall:.2f} of one of Based, {processor:.2f} of its time of processors.\n")
+
+
 def take_steps(
     model: PreTrainedModel, cache: Cache, ids: torch.Tensor, position: int
 ) -> Iterator[tuple[float, torch.Tensor]]:
@@ -91,12 +143,8 @@ def take_steps(
 
 def compare_positions(positions: list[int], repeats: int) -> None:
     """A step of each model behind so many tokens; Llama's cache grows as in `generate()`, or is static (its length)."""
-    based = BasedForCausalLM.from_pretrained(SMALL_MODEL).eval()
-    models = {"Based": based, "Llama": build(llama_like(based.config))}
-    sizes = ", ".join(f"{name} {model.num_parameters():,}" for name, model in models.items())
-    print(f"One cached step, batch 1, fp32; parameters: {sizes}")
-    vocab_size = based.config.unpadded_vocab_size
-    ids = torch.randint(vocab_size, (1, max(positions) + STEPS), generator=torch.Generator().manual_seed(0))
+    models = small_models()
+    ids = random_ids(models, max(positions) + STEPS)
     caches, differences, times = {}, {}, {}
     for name, model in models.items():
         full = model(ids, use_cache=False).logits[0]
@@ -114,11 +162,10 @@ def compare_positions(positions: list[int], repeats: int) -> None:
                 if not differences[kind, position] < 1e-3:
                     off = f"{differences[kind, position]:.1e}"
                     sys.exit(f"The step of {kind} at position {position} is off by {off}: not timed.")
-    # In turns, so that whatever else the machine does hits all alike; shuffled, so that none always follows another.
-    for turn in range(repeats):
-        for key in random.Random(turn).sample(list(caches), len(caches)):
-            # The first steps find the processor's caches full of what was timed before.
-            times.setdefault(key, []).extend(lasted for lasted, _ in list(take_steps(*caches[key], ids, key[1]))[2:])
+    for key in in_turns(list(caches), repeats):
+        # The first steps find the processor's caches full of what was timed before.
+        times.setdefault(key, []).extend(lasted for lasted, _ in list(take_steps(*caches[key], ids, key[1]))[2:])
+    print("One cached step")
     print(f"{'':14}{'position':>10}{'error':>12}{'ms':>10}")
     for kind, position in sorted(caches):
         error, ms = differences[kind, position], median(times[kind, position]) * 1e3
@@ -136,11 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times plain-PyTorch Based on a CPU.")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--prefill-tokens", type=int, default=8192)
     parser.add_argument("--positions", type=int, nargs="+", default=[256, 4096, 16_000])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     compare_forms(args.tokens, args.heads, args.repeats)
+    compare_prefill(args.prefill_tokens, args.repeats)
     compare_positions(args.positions, 4 * args.repeats)
 
 

@@ -212,8 +212,8 @@ def test_shapes_have_equal_size():
 
 
 def test_cpu_benchmark_verifies_and_prints_a_table():
-    options = ("--tokens", "256", "--heads", "2", "--positions", "20", "300", "--repeats", "1")
-    output = run_python("examples/benchmark_cpu.py", *options).stdout
+    options = ("--tokens", "256", "--heads", "2", "--prefill-tokens", "300", "--positions", "20", "300")
+    output = run_python("examples/benchmark_cpu.py", *options, "--repeats", "1").stdout
     rows = [
         "quadratic",
         "chunked",
@@ -221,5 +221,10 @@ def test_cpu_benchmark_verifies_and_prints_a_table():
     ]
     for row in rows:
         assert re.search(rf"^{row}\s+\d\.\de-\d\d\s+[\d.]+$", output, re.MULTILINE), (row, output)
+    for name in ("Based", "Llama"):
+        row = rf"^{name}\s+\d\.\de-\d\d\s+([\d.]+)\s+[\d.]+\s+([\d,]+)$"
+        ms, speed = re.search(row, output, re.MULTILINE).groups()
+        assert float(speed.replace(",", "")) == pytest.approx(300e3 / float(ms), rel=0.01)
+    assert re.search(r"A prefill of Llama takes [\d.]+ of one of Based, [\d.]+ of its time of processors\.", output)
     assert re.search(r"chunked is [\d.]+ times faster", output)
     assert re.search(r"A step of Based at position 300 takes [\d.]+ of one at 20\.", output)
