@@ -25,10 +25,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from benchmark_run import Run
 from benchmark_tools import (
     BACKEND_VARIABLE,
     RESULTS,
-    Run,
     Wrong,
     copy_bandwidth,
     does_not_fit,

@@ -23,11 +23,9 @@ from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
+from benchmark_run import LeftOut, Models, Run
 from benchmark_tools import (
     RESULTS,
-    LeftOut,
-    Models,
-    Run,
     Wrong,
     check_error,
     distance,
@@ -117,6 +115,7 @@ class PrefillRun(Run):
                 self.results["verified"][shape] = verify(shape, self.device, getattr(torch, args.dtype))
             except Wrong as error:
                 sys.exit(f"Not timed. {error}")
+            release_memory()
             print(f"{shape}: verified, {self.results['verified'][shape]}", flush=True)
             for length in args.lengths:
                 for kind in compared:

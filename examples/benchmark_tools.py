@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: the machine and its limits, timing, arithmetic, and a run that keeps what it measured.
+"""What the benchmarks share: the machine and its limits, timing, errors, and the arithmetic of a model.
 
     limits       bytes a second of a copy, operations a second of a matrix product; measured, not looked up
     arithmetic   2 operations for each weight of a product and each token, and what the attention needs at least
@@ -8,23 +8,22 @@
 No program of its own.
 """
 
-import argparse
 import contextlib
 import gc
-import importlib.util
+import importlib.metadata
 import json
 import os
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
 import torch
 import transformers
-from model_shapes import CONFIGS, build
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_based import BasedConfig
@@ -34,7 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BACKEND_VARIABLE = "TRANSFORMERS_BASED_BACKEND"
 # From this share on of a step's time that its launches take, its kernels may be waiting for them.
 HOST_BOUND = 0.8
-LIBRARIES = ("triton", "mamba_ssm", "causal_conv1d", "flash_attn", "liger_kernel")
+LIBRARIES = ("triton", "mamba-ssm", "causal-conv1d", "flash-attn", "liger-kernel")
 
 
 class Wrong(Exception):
@@ -70,8 +69,8 @@ def machine(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name in LIBRARIES:
-        if importlib.util.find_spec(name):
-            versions[name] = getattr(importlib.import_module(name), "__version__", "installed")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions,
@@ -100,19 +99,11 @@ def does_not_fit(needed: float, free: float) -> str:
     return f"does not fit: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
 def training_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Forward and backward of transformers' own loss, which comes back; the gradients are in the parameters."""
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     return loss.detach()
-
-
-class LeftOut(Exception):
-    """A cell that is not worth its time; the message says why."""
 
 
 class Timing(NamedTuple):
@@ -136,7 +127,7 @@ def timed(
 ) -> Timing:
     """
     Wall clock of `call`, the device done before and after: once to warm up, then at least 3 times and until `seconds`
-    have passed; what takes longer than that alone runs once. `check` is given what the first call returns.
+    have passed; what takes three times as long alone runs once. `check` is given what the first call returns.
     """
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
@@ -154,7 +145,7 @@ def timed(
 
     check(call())
     runs = [once()]
-    is_long = runs[0][0] > seconds
+    is_long = runs[0][0] > 3 * seconds
     while not is_long and (len(runs) < 3 or (sum(wall for wall, _ in runs) < seconds and len(runs) < 100)):
         runs.append(once())
     walls, hosts = zip(*runs)
@@ -163,12 +154,29 @@ def timed(
     return Timing(middle, (third - first) / middle, len(walls), median(hosts), added)
 
 
-def kernel_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the sum over its kernels."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+def trace(call: Callable[[], object], device: torch.device) -> list[dict]:
+    """The events of a call, as the profiler writes them for chrome://tracing; times in microseconds."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
         call()
         synchronize(device)
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+
+
+def kernel_events(events: list[dict]) -> list[dict]:
+    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Time during which at least one of several (start, duration) runs, which are in microseconds."""
+    busy, until = 0.0, float("-inf")
+    for start, duration in sorted(spans):
+        busy += max(0.0, start + duration - max(start, until))
+        until = max(until, start + duration)
+    return busy / 1e6
 
 
 def speed(call: Callable[[], object], device: torch.device, seconds: float, check: Callable[[object], object]) -> dict:
@@ -176,7 +184,8 @@ def speed(call: Callable[[], object], device: torch.device, seconds: float, chec
     timing = timed(call, device, seconds, check)
     cell = {"ms": timing.seconds * 1e3, "noise": timing.noise, "runs": timing.runs, "added_bytes": timing.added_bytes}
     if device.type == "cuda" and timing.host_seconds > HOST_BOUND * timing.seconds:
-        cell["kernel_ms"] = kernel_seconds(call, device) * 1e3
+        kernels = kernel_events(trace(call, device))
+        cell["kernel_ms"] = busy_seconds((event["ts"], event["dur"]) for event in kernels) * 1e3
     return cell
 
 
@@ -240,8 +249,10 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """|got - exact| / |exact|."""
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
+    """|got - exact| / |exact|; `exact` in fp32."""
+    # In the last step only: a double of all gradients is large.
+    difference, size = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (got - exact, exact))
+    return float(difference / size)
 
 
 def check_error(what: str, ours: float, plain: float) -> dict[str, float]:
@@ -254,98 +265,3 @@ def check_error(what: str, ours: float, plain: float) -> dict[str, float]:
     if not (plain < 0.5 and ours <= 1.5 * plain + 2e-3):
         raise Wrong(f"{what}: off by {ours:.1e} of fp32, plain PyTorch by {plain:.1e}.")
     return {"error": ours, "plain_pytorch_error": plain}
-
-
-class Models:
-    """The models that the cells ask for, by shape and kind. The last two are kept, to be measured in turns."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype, self.built = device, dtype, {}
-
-    def get(self, shape: str, kind: str) -> PreTrainedModel:
-        key = shape, kind
-        if key in self.built:
-            self.built[key] = self.built.pop(key)
-        else:
-            for old in list(self.built)[:-1]:
-                del self.built[old]
-            release_memory()
-            self.built[key] = build(CONFIGS[kind](shape), self.device, self.dtype)
-        return self.built[key]
-
-    def drop(self, shape: str, kind: str) -> None:
-        """One that has been changed."""
-        self.built.pop((shape, kind), None)
-
-
-class Run:
-    """
-    The clock, and the results, which are on the disk whenever a cell is done: a run that is cut short keeps the others,
-    and what was left out is listed with the reason.
-    """
-
-    def __init__(self, args: argparse.Namespace, name: str, budget: float | None, **results):
-        """`args` has the `device` and, as `output`, the folder for `name`.json; `budget` in seconds."""
-        self.args, self.file_name, self.budget = args, f"{name}.json", budget
-        self.started, self.lasted = time.perf_counter(), {}
-        self.device = torch.device(args.device)
-        self.results = {**machine(self.device), **results, "left_out": []}
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def write(self) -> None:
-        self.results["seconds"] = self.elapsed()
-        self.args.output.mkdir(parents=True, exist_ok=True)
-        path = self.args.output / self.file_name
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(path)
-
-    def attempt(
-        self, name: dict, measure: Callable[[], dict], into: str = "cells", kind: object = None, guess: float = 15
-    ) -> bool:
-        """
-        Adds the cell `name | measure()`, or says why it is left out. Whether memory sufficed.
-
-        A cell is not begun if it would outlast the budget: it is taken to last as long as the slowest of its `kind` so
-        far, or `guess` seconds.
-        """
-        if self.budget and self.elapsed() + self.lasted.get(kind, guess) > self.budget:
-            self.leave_out(name, "time limit")
-            return True
-        started, failure = time.perf_counter(), None
-        try:
-            cell = name | measure()
-        except Exception as error:
-            # The other cells are worth having; the run ends with an error all the same, if it is not about memory.
-            if is_out_of_memory(error):
-                failure = "out of memory"
-            elif isinstance(error, LeftOut):
-                failure = str(error)
-            else:
-                if not isinstance(error, Wrong):
-                    traceback.print_exc()
-                failure = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
-        if failure:
-            release_memory()
-            self.leave_out(name, failure)
-            return failure != "out of memory"
-        self.lasted[kind] = max(self.lasted.get(kind, 0), time.perf_counter() - started)
-        self.results[into].append(cell)
-        # What is nested is for the file.
-        flat = {key: value for key, value in cell.items() if not isinstance(value, dict | list)}
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in flat.items()}
-        print(f"[{self.elapsed():5.0f} s] " + ", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
-        self.write()
-        return True
-
-    def leave_out(self, name: dict, reason: str) -> None:
-        self.results["left_out"].append(name | {"reason": reason})
-        print(f"[{self.elapsed():5.0f} s] left out, {reason}: {name}", flush=True)
-        self.write()
-
-    def failures(self) -> str | None:
-        """For `sys.exit`: cells that did not end for want of time or memory."""
-        failed = [cell for cell in self.results["left_out"] if cell["reason"].startswith("failed")]
-        return f"{len(failed)} cells failed: see above and the list of what was left out." if failed else None

@@ -26,11 +26,9 @@ from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
+from benchmark_run import LeftOut, Models, Run
 from benchmark_tools import (
     RESULTS,
-    LeftOut,
-    Models,
-    Run,
     Wrong,
     check_error,
     distance,

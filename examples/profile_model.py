@@ -14,10 +14,8 @@ A CPU has no kernels: there, the time of each operator without those that it cal
 
 import argparse
 import contextlib
-import json
 import re
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,23 +23,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from benchmark_report import left_out_list, machine_line, markdown_table, write_report
+from benchmark_report import left_out_list, machine_line, markdown_table, noise, write_report
+from benchmark_run import Run
 from benchmark_tools import (
     RESULTS,
-    Run,
     backend,
+    busy_seconds,
     forward_flops,
+    kernel_events,
     product_rate,
     random_ids,
     release_memory,
-    synchronize,
     timed,
+    trace,
     training_step,
     weight_bytes,
 )
 from model_shapes import SHAPES, based_config, build
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -101,18 +101,6 @@ def scopes() -> Iterator[None]:
             hook.remove()
 
 
-def trace(call: Callable[[], object], device: torch.device) -> list[dict]:
-    """The events of a call, as the profiler writes them for chrome://tracing; times in microseconds."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with scopes(), profile(activities=activities) as profiler:
-        call()
-        synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
-
-
 class Span:
     """An operator or a mark of `scopes` on a thread of the CPU, inside another one."""
 
@@ -140,7 +128,7 @@ class Kernel(NamedTuple):
 
 def kernels_of(events: list[dict]) -> list[Kernel]:
     """In the order of their launches; without a GPU, each operator that does something itself."""
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = kernel_events(events)
     without_launch = {event["args"]["correlation"]: event for event in kernels}
     threads = {}
     for event in events:
@@ -205,16 +193,6 @@ def family(kernel: str, span: Span | None, forward: dict[int, Span]) -> str:
     return OTHER
 
 
-def busy_seconds(kernels: list[Kernel]) -> float:
-    """Time during which at least one kernel runs."""
-    busy, until = 0.0, float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        end = kernel.start + kernel.duration
-        busy += max(0.0, end - max(kernel.start, until))
-        until = max(until, end)
-    return busy / 1e6
-
-
 class Step:
     """One pass of a model, and its arithmetic."""
 
@@ -237,11 +215,15 @@ class Step:
         self.model.zero_grad()
 
 
-def measure(step: Step, device: torch.device, rate: float) -> dict:
-    timing = timed(step, device)
-    kernels = kernels_of(trace(step, device))
-    # Operators are one inside the other, and take turns.
-    busy = busy_seconds(kernels) if device.type == "cuda" else sum(kernel.duration for kernel in kernels) / 1e6
+def measure(step: Step, device: torch.device, rate: float, seconds: float) -> dict:
+    timing = timed(step, device, seconds)
+    with scopes():
+        kernels = kernels_of(trace(step, device))
+    if device.type == "cuda":
+        busy = busy_seconds((kernel.start, kernel.duration) for kernel in kernels)
+    else:
+        # Operators are one inside the other, and take turns.
+        busy = sum(kernel.duration for kernel in kernels) / 1e6
     milliseconds, launches, of_name = Counter(), Counter(), Counter()
     for kernel in kernels:
         milliseconds[kernel.family] += kernel.duration / 1e3
@@ -287,7 +269,7 @@ class ProfileRun(Run):
         def made() -> dict:
             model.train(kind == "training")
             step = Step(model, kind, batch, self.args.length, self.args.optimizer)
-            return measure(step, self.device, self.results["product_flops_per_second"])
+            return measure(step, self.device, self.results["product_flops_per_second"], self.args.seconds)
 
         name = {"shape": shape, "pass": kind, "backend": backend_name, "batch": batch, "optimizer": self.args.optimizer}
         fitted = self.attempt(name, made, kind=(shape, kind, backend_name), guess=10)
@@ -316,7 +298,7 @@ def pass_table(cells: list[dict]) -> list[str]:
     rows = [row(name, of_family(name)) for name in FAMILIES if any(name in cell["families"] for cell in cells)]
     rows += [
         row("all kernels", lambda cell: f"{cell['kernel_ms']:,.2f} ms, {cell['launches']:,} launches"),
-        row("wall", lambda cell: f"{cell['wall_ms']:,.2f} ms ± {cell['noise'] / 2:.1%}"),
+        row("wall, of which noise", lambda cell: f"{cell['wall_ms']:,.2f} ms, {noise(cell)}"),
         row("waiting for the host", lambda cell: f"{cell['host_share']:.0%}"),
         row("tokens/s", lambda cell: f"{cell['tokens_per_second']:,.0f}"),
         row("share of the product rate", lambda cell: f"{cell['share_of_limit']:.1%}"),
@@ -355,6 +337,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prefill-batch", type=int, default=16, help="rows; 0 leaves the prefill out")
     parser.add_argument("--training-batch", type=int, default=8, help="rows; 0 leaves the training step out")
     parser.add_argument("--optimizer", action="store_true", help="a training step of AdamW, too")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long a step shall be timed")
     parser.add_argument("--budget", type=float, help="seconds; what would not be done by then is left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")

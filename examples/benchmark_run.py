@@ -1,0 +1,116 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""A run of a benchmark: its models, and its cells, which are on the disk as soon as they are measured."""
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+from benchmark_tools import Wrong, machine, release_memory
+from model_shapes import CONFIGS, build
+from transformers import PreTrainedModel
+
+
+class LeftOut(Exception):
+    """A cell that is not worth its time; the message says why."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+class Models:
+    """The models that the cells ask for, by shape and kind. The last two are kept, to be measured in turns."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.built = device, dtype, {}
+
+    def get(self, shape: str, kind: str) -> PreTrainedModel:
+        key = shape, kind
+        if key in self.built:
+            self.built[key] = self.built.pop(key)
+        else:
+            for old in list(self.built)[:-1]:
+                del self.built[old]
+            release_memory()
+            self.built[key] = build(CONFIGS[kind](shape), self.device, self.dtype)
+        return self.built[key]
+
+    def drop(self, shape: str, kind: str) -> None:
+        """One that has been changed."""
+        self.built.pop((shape, kind), None)
+
+
+class Run:
+    """
+    The clock, and the results, which are on the disk whenever a cell is done: a run that is cut short keeps the others,
+    and what was left out is listed with the reason.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str, budget: float | None, **results):
+        """`args` has the `device` and, as `output`, the folder for `name`.json; `budget` in seconds."""
+        self.args, self.file_name, self.budget = args, f"{name}.json", budget
+        self.started, self.lasted = time.perf_counter(), {}
+        self.device = torch.device(args.device)
+        self.results = {**machine(self.device), **results, "left_out": []}
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def write(self) -> None:
+        self.results["seconds"] = self.elapsed()
+        self.args.output.mkdir(parents=True, exist_ok=True)
+        path = self.args.output / self.file_name
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n")
+        part.replace(path)
+
+    def attempt(
+        self, name: dict, measure: Callable[[], dict], into: str = "cells", kind: object = None, guess: float = 15
+    ) -> bool:
+        """
+        Adds the cell `name | measure()`, or says why it is left out. Whether memory sufficed.
+
+        A cell is not begun if it would outlast the budget: it is taken to last as long as the last one of its `kind`,
+        or `guess` seconds.
+        """
+        if self.budget and self.elapsed() + self.lasted.get(kind, guess) > self.budget:
+            self.leave_out(name, "time limit")
+            return True
+        started, failure = time.perf_counter(), None
+        try:
+            cell = name | measure()
+        except Exception as error:
+            # The other cells are worth having; the run ends with an error all the same, if it is not about memory.
+            if is_out_of_memory(error):
+                failure = "out of memory"
+            elif isinstance(error, LeftOut):
+                failure = str(error)
+            else:
+                if not isinstance(error, Wrong):
+                    traceback.print_exc()
+                failure = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
+        if failure:
+            release_memory()
+            self.leave_out(name, failure)
+            return failure != "out of memory"
+        self.lasted[kind] = time.perf_counter() - started
+        self.results[into].append(cell)
+        # What is nested is for the file.
+        flat = {key: value for key, value in cell.items() if not isinstance(value, dict | list)}
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in flat.items()}
+        print(f"[{self.elapsed():5.0f} s] " + ", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+        self.write()
+        return True
+
+    def leave_out(self, name: dict, reason: str) -> None:
+        self.results["left_out"].append(name | {"reason": reason})
+        print(f"[{self.elapsed():5.0f} s] left out, {reason}: {name}", flush=True)
+        self.write()
+
+    def failures(self) -> str | None:
+        """For `sys.exit`: cells that did not end for want of time or memory."""
+        failed = [cell for cell in self.results["left_out"] if cell["reason"].startswith("failed")]
+        return f"{len(failed)} cells failed: see above and the list of what was left out." if failed else None
