@@ -559,8 +559,10 @@ def test_backend_choice_with_kernels(monkeypatch, log_lines):
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
             patch.setattr(torch.version, "hip", hip)
+            backend._obstacle_of_gpu.cache_clear()
             assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "torch"
         assert name in log_lines[-1]
+    backend._obstacle_of_gpu.cache_clear()
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     assert _choose_backend("cuda", "torch.bfloat16", 16, 64) == "torch"
     monkeypatch.setattr(backend, "based_kernels", None)

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """The one place that picks fused Triton kernels or plain PyTorch; `TRANSFORMERS_BASED_BACKEND` overrides the choice."""
 
+import functools
 import os
 
 import torch
@@ -72,11 +73,19 @@ def _obstacle_to_triton(device: str, dtype: str) -> str | None:
         return "triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}"
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "cuda" and (obstacle := _obstacle_of_gpu()):
+        return obstacle
+    if dtype not in ("torch.float32", "torch.float16", "torch.bfloat16"):
+        return f"the kernels do not take {dtype}"
+    return None
+
+
+# Asked for every op of every layer; the driver takes its time to answer.
+@functools.cache
+def _obstacle_of_gpu() -> str | None:
+    if torch.cuda.is_available():
         if torch.version.hip is not None:
             return "the kernels have never run on an AMD GPU"
         if torch.cuda.get_device_capability() < (8, 0):
             return "the kernels need a GPU of compute capability 8.0 or more"
-    if dtype not in ("torch.float32", "torch.float16", "torch.bfloat16"):
-        return f"the kernels do not take {dtype}"
     return None

@@ -28,22 +28,28 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def device_guard(x):
     """Triton launches on the current device; under torch.compile the graph takes care of that."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return contextlib.nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(x.device)
 
 
 def vector_rows(x):
     """x, or a copy of it whose rows the kernels can read 16 bytes at a time."""
-    fits = x.stride(-1) == 1
+    strides = x.stride()
+    fits = strides[-1] == 1
     if not torch.compiler.is_compiling():
         # a speed matter only: Triton looks at the address itself; torch.compile cannot trace the question
         fits = fits and (x.storage_offset() * x.element_size()) % 16 == 0
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+    for size, stride in zip(x.shape[:-1], strides):
         # a row step of 2^24 elements would overflow the 32-bit offsets inside a chunk
-        fits = fits and (size == 1 or (stride % 8 == 0 and (stride < 2**24 or stride != x.stride(1))))
+        fits = fits and (size == 1 or (stride % 8 == 0 and (stride < 2**24 or stride != strides[1])))
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -14,14 +14,16 @@ is what is launched when, and the op.
 # ruff: noqa: E501
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .checks import check_sequence_inputs, device_guard, feature_count, interpreted, vector_rows
-from .segments import cut
+from .checks import check_sequence_inputs, common_unit, device_guard, feature_count, interpreted, vector_rows
+from .launch import launch
+from .segments import cut, cut_table
 from .taylor_attention_kernels import (
     sum_shares_kernel,
     taylor_attention_partial_kernel,
@@ -81,74 +83,92 @@ def _segment_length(B, T, H, blocks_v, num_warps, packed, processors):
     return max(-(-T // (parts * 64)) * 64, _SHORTEST_SEGMENT)
 
 
-_roll_tables = {}
+class _Fixed(NamedTuple):
+    """What depends on sizes of heads, dtype and device alone."""
+
+    config: _Config
+    padded: int
+    processors: int
+    table: torch.Tensor  # the matrices of `load_rolls`
+    absent: torch.Tensor  # stands for an absent tensor: of the type that the kernel compiles for, and never touched
 
 
-def _roll_table(config, device):
-    """The matrices of `load_rolls`. Kept, except where they are made in a CUDA graph's memory pool, which they would not
-    outlive, or by a compiled graph, which is not to see what is kept."""
-    dtype = torch.bfloat16 if tl.bfloat16 == config.DTYPE else torch.float32
-    P = config.P
+_fixed_by_kind = {}
+
+
+def _fixed(D, dtype, device):
+    """Kept, except where tensors are made in a CUDA graph's memory pool, which they would not outlive, or by a compiled
+    graph, which is not to see what is kept."""
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and (P, dtype, device) in _roll_tables:
-        return _roll_tables[P, dtype, device]
-    table = torch.empty((2, P // 2 + 1, P, P), dtype=dtype, device=device)
+    if not is_compiling:
+        fixed = _fixed_by_kind.get((D, dtype, device))
+        if fixed is not None:
+            return fixed
+    config = _config(D, dtype)
+    P = config.P
+    table_dtype = torch.bfloat16 if tl.bfloat16 == config.DTYPE else torch.float32
+    table = torch.empty((2, P // 2 + 1, P, P), dtype=table_dtype, device=device)
+    absent = torch.empty(4, dtype=torch.float32, device=device)
+    fixed = _Fixed(config, feature_count(D)[1], _processors(device), table, absent)
     with device_guard(table):
         roll_table_kernel[(P // 2 + 1,)](table, P=P, DTYPE=config.DTYPE, num_warps=1)
         if is_compiling or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return table
+            return fixed
         if device.type == "cuda":
             # once, for the other streams that will read it
             torch.cuda.current_stream().synchronize()
-    _roll_tables[P, dtype, device] = table
-    return table
+    _fixed_by_kind[D, dtype, device] = fixed
+    return fixed
 
 
 class _Plan:
-    """What the launches of one call have in common."""
+    """What the launches of one call have in common. `cut_at` is the table of an earlier plan for the same documents."""
 
-    def __init__(self, query, value, scale, mask, cu_seqlens):
+    def __init__(self, query, value, scale, mask, cu_seqlens, cut_at=None):
         B, T, H, D = query.shape
         V = value.shape[3]
-        config = _config(D, query.dtype)
-        _, padded = feature_count(D)
         self.device = query.device
+        config, _, processors, table, absent = self.fixed = _fixed(D, query.dtype, self.device)
+        self.size = D, V
+        self.heads = H
         self.blocks_v = -(-V // config.BLOCK_V)
-        self.state_rows = (H, V + 1, padded)
         packed = cu_seqlens is not None
-        length = _segment_length(B, T, H, self.blocks_v, config.num_warps, packed, _processors(query.device))
-        self.segments = cut(B, T, cu_seqlens, length)
-        self.grid = (self.segments.programs * H * self.blocks_v,)
-        self.has_table = self.segments.doc is not None
-        table = _roll_table(config, query.device)
-        # stands for an absent tensor: of the type that the kernel compiles for, and never touched
-        self.absent = torch.empty(4, dtype=torch.float32, device=query.device)
-        bounds = cu_seqlens if packed else self.absent
-        where = (self.segments.doc, self.segments.first, self.segments.slot) if self.has_table else (bounds,) * 3
-        numbers = (
-            float(scale),
-            math.sqrt(scale),
-            T,
-            self.segments.docs,
-            H,
-            self.segments.length,
-            self.segments.per_doc,
+        length = _segment_length(B, T, H, self.blocks_v, config.num_warps, packed, processors)
+        self.segments = segments = cut(B, T, cu_seqlens, length)
+        self.grid = segments.programs * H * self.blocks_v
+        if segments.has_table and cut_at is None:
+            with device_guard(query):
+                cut_at = cut_table(segments, cu_seqlens)
+        self.cut_at = cut_at
+        self.absent = absent
+        self.mask = absent if mask is None else mask
+        self.tables = (
+            table,
+            cu_seqlens if packed else absent,
+            cut_at if segments.has_table else absent,
         )
-        self.arguments = (table, bounds, *where, *numbers)
-        self.mask = self.absent if mask is None else mask
-        self.constants = {
+        self.numbers = (scale, math.sqrt(scale), T, segments.docs, H, segments.length, segments.per_doc)
+        self.has_mask = mask is not None
+        # an absent tensor has another dtype than one that is there
+        self.kind = (D, V, query.dtype, self.device, self.has_mask, packed, segments.has_table)
+
+    def constants(self, **more):
+        D, V = self.size
+        return {
             "D": D,
             "V": V,
-            "F_PAD": padded,
-            "HAS_MASK": mask is not None,
-            "PACKED": packed,
-            "TABLE": self.has_table,
-            **config._asdict(),
+            "F_PAD": self.fixed.padded,
+            "HAS_MASK": self.has_mask,
+            "PACKED": self.kind[5],
+            "TABLE": self.kind[6],
+            **self.fixed.config._asdict(),
+            **more,
         }
 
     def states(self, count):
         """An empty fp32 state for each of `count` documents or segments."""
-        return torch.empty((count, *self.state_rows), dtype=torch.float32, device=self.device)
+        shape = (count, self.heads, self.size[1] + 1, self.fixed.padded)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def or_absent(self, x):
         return self.absent if x is None else x
@@ -156,109 +176,136 @@ class _Plan:
     def partial(self, y, b, e, *, edge, gradient):
         """-> what each segment of a cut document adds to the state, or to its gradient."""
         slots = self.states(self.segments.slots)
-        taylor_attention_partial_kernel[self.grid](
-            y,
-            b,
-            self.mask,
-            self.or_absent(e),
-            slots,
-            *self.arguments,
-            *_strides(y),
-            *_strides(b),
-            EDGE=edge,
-            GRADIENT=gradient,
-            **self.constants,
+        launch(
+            taylor_attention_partial_kernel,
+            (self.kind, edge, gradient),
+            self.grid,
+            (y, b, self.mask, self.or_absent(e), slots, *self.tables),
+            (*self.numbers, *_strides(y), *_strides(b)),
+            partial(self.constants, EDGE=edge, GRADIENT=gradient),
         )
         return slots
 
     def scan(self, slots, initial, final, *, reverse):
         """Turns partial sums into the state each segment starts from, in place; writes the total to `final`."""
-        H, rows, padded = self.state_rows
-        size, block = rows * padded, 1024
-        taylor_attention_scan_kernel[(self.segments.docs * H * -(-size // block),)](
-            slots,
-            self.or_absent(initial),
-            self.or_absent(final),
-            self.segments.slot if self.has_table else slots,
-            self.segments.count if self.has_table else slots,
-            self.segments.per_doc,
-            H,
-            SIZE=size,
-            F=feature_count(self.constants["D"])[0],
-            F_PAD=padded,
-            BLOCK=block,
-            HAS_INIT=initial is not None,
-            HAS_FINAL=final is not None,
-            TABLE=self.has_table,
-            REVERSE=reverse,
-            num_warps=4,
+        size, block = (self.size[1] + 1) * self.fixed.padded, 1024
+        has_initial, has_final = initial is not None, final is not None
+        launch(
+            taylor_attention_scan_kernel,
+            (self.kind, has_initial, has_final, reverse),
+            self.segments.docs * self.heads * -(-size // block),
+            (slots, self.or_absent(initial), self.or_absent(final), self.tables[2]),
+            (self.segments.docs, self.segments.per_doc, self.heads),
+            lambda: {
+                "SIZE": size,
+                "F": feature_count(self.size[0])[0],
+                "F_PAD": self.fixed.padded,
+                "BLOCK": block,
+                "HAS_INIT": has_initial,
+                "HAS_FINAL": has_final,
+                "TABLE": self.segments.has_table,
+                "REVERSE": reverse,
+                "num_warps": 4,
+            },
         )
 
     def sum(self, x, y, b, initial, slots, out, z, final, *, reverse):
-        taylor_attention_sum_kernel[self.grid](
-            x,
-            y,
-            b,
-            self.mask,
-            self.or_absent(initial),
-            self.or_absent(slots),
-            out,
-            self.or_absent(z),
-            self.or_absent(final),
-            *self.arguments,
-            *_strides(x),
-            *_strides(y),
-            *_strides(b),
-            HAS_INIT=initial is not None,
-            HAS_FINAL=final is not None,
-            REVERSE=reverse,
-            **self.constants,
+        has_initial, has_final = initial is not None, final is not None
+        launch(
+            taylor_attention_sum_kernel,
+            (self.kind, has_initial, has_final, reverse),
+            self.grid,
+            (
+                x,
+                y,
+                b,
+                self.mask,
+                self.or_absent(initial),
+                self.or_absent(slots),
+                out,
+                self.or_absent(z),
+                self.or_absent(final),
+                *self.tables,
+            ),
+            (*self.numbers, *_strides(x), *_strides(y), *_strides(b)),
+            partial(self.constants, HAS_INIT=has_initial, HAS_FINAL=has_final, REVERSE=reverse),
         )
 
     def slope(self, x, y, a, b, e, initial, slots, final, *, reverse):
         """-> the gradient of x: blocks of V give shares, which are summed in a fixed order."""
+        has_initial, has_final = initial is not None, final is not None
         share = x.dtype if self.blocks_v == 1 else torch.float32
-        dx = torch.empty((self.blocks_v, *x.shape), dtype=share, device=x.device)
-        taylor_attention_slope_kernel[self.grid](
-            x,
-            y,
-            a,
-            b,
-            e,
-            self.mask,
-            self.or_absent(initial),
-            self.or_absent(slots),
-            dx,
-            self.or_absent(final),
-            *self.arguments,
-            *_strides(x),
-            *_strides(y),
-            *_strides(a),
-            *_strides(b),
-            e.numel(),
-            HAS_INIT=initial is not None,
-            HAS_FINAL=final is not None,
-            REVERSE=reverse,
-            **self.constants,
+        shares = torch.empty((self.blocks_v, *x.shape), dtype=share, device=self.device)
+        launch(
+            taylor_attention_slope_kernel,
+            (self.kind, has_initial, has_final, reverse),
+            self.grid,
+            (
+                x,
+                y,
+                a,
+                b,
+                e,
+                self.mask,
+                self.or_absent(initial),
+                self.or_absent(slots),
+                shares,
+                self.or_absent(final),
+                *self.tables,
+            ),
+            (*self.numbers, *_strides(x), *_strides(y), *_strides(a), *_strides(b), e.numel()),
+            partial(self.constants, HAS_INIT=has_initial, HAS_FINAL=has_final, REVERSE=reverse),
         )
-        return dx[0] if self.blocks_v == 1 else _sum_shares(dx, x.dtype)
+        if self.blocks_v == 1:
+            return shares[0]
+        dx = torch.empty(x.shape, dtype=x.dtype, device=self.device)
+        count, block = dx.numel(), 1024
+        launch(
+            sum_shares_kernel,
+            self.kind,
+            -(-count // block),
+            (shares, dx),
+            (count,),
+            lambda: {"NV": self.blocks_v, "BLOCK": block, "num_warps": 4},
+        )
+        return dx
 
-
-def _sum_shares(shares, dtype):
-    out = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    block = 1024
-    grid = (-(-out.numel() // block),)
-    sum_shares_kernel[grid](shares, out, out.numel(), NV=shares.shape[0], BLOCK=block, num_warps=4)
-    return out
+    def rows(self, output, d_output, z):
+        """-> do / z and the gradient of z, of each row."""
+        # fp16 has no room for what a long sequence divides by
+        g_dtype = torch.bfloat16 if output.dtype == torch.bfloat16 else torch.float32
+        g = torch.empty(output.shape, dtype=g_dtype, device=self.device)
+        e = torch.empty(z.shape, dtype=torch.float32, device=self.device)
+        V, block = self.size[1], 32
+        batch, time, head, last = d_output.stride()
+        unit = common_unit(batch, time, head) if last == 1 else 1
+        launch(
+            taylor_attention_rows_kernel,
+            (self.kind, d_output.dtype, unit),
+            -(-z.numel() // block),
+            (output, d_output, z, self.mask, g, e),
+            (z.numel(), z.shape[1], z.shape[2], batch // unit, time // unit, head // unit, last),
+            lambda: {
+                "V": V,
+                "BLOCK_R": block,
+                "BLOCK_V": triton.next_power_of_2(V),
+                "UNIT": unit,
+                "HAS_MASK": self.has_mask,
+                "num_warps": 4,
+            },
+        )
+        return g, e
 
 
 def _strides(x):
     # units of 8 elements, see the kernels
-    return x.stride(0) // 8, x.stride(1) // 8, x.stride(2) // 8
+    batch, time, head, _ = x.stride()
+    return batch // 8, time // 8, head // 8
 
 
 def _taylor_attention_fwd(query, key, value, scale, mask, cu_seqlens, initial_state, has_final):
-    """-> output [B, T, H, V], z [B, T, H] fp32, the states of cut documents or None, final state or None."""
+    """-> output [B, T, H, V], z [B, T, H] fp32, the states of cut documents or None, the table of cuts or None, final
+    state or None."""
     plan = _Plan(query, value, scale, mask, cu_seqlens)
     output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     z = torch.empty(value.shape[:3], dtype=torch.float32, device=value.device)
@@ -269,44 +316,24 @@ def _taylor_attention_fwd(query, key, value, scale, mask, cu_seqlens, initial_st
             slots = plan.partial(key, value, None, edge=has_final, gradient=False)
             plan.scan(slots, initial_state, final, reverse=False)
         plan.sum(query, key, value, initial_state, slots, output, z, final, reverse=False)
-    return output, z, slots, final
+    return output, z, slots, plan.cut_at, final
 
 
 def _taylor_attention_bwd(
-    query, key, value, scale, mask, cu_seqlens, initial_state, slots, output, z, d_output, d_final, need_initial
+    query, key, value, scale, mask, cu_seqlens, initial_state, slots, cut_at, output, z, d_output, d_final, need_initial
 ):
     """-> gradients of query, key, value and initial_state (None unless needed)."""
-    plan = _Plan(query, value, scale, mask, cu_seqlens)
-    # fp16 has no room for what a long sequence divides by
-    g = torch.empty_like(output, dtype=torch.bfloat16 if output.dtype == torch.bfloat16 else torch.float32)
-    e = torch.empty_like(z)
+    plan = _Plan(query, value, scale, mask, cu_seqlens, cut_at)
     d_initial = plan.states(plan.segments.docs) if need_initial else None
-    block_r = 32
     with device_guard(query):
-        taylor_attention_rows_kernel[(-(-z.numel() // block_r),)](
-            output,
-            d_output,
-            z,
-            g,
-            e,
-            plan.mask,
-            z.numel(),
-            z.shape[1],
-            z.shape[2],
-            *d_output.stride(),
-            V=value.shape[3],
-            BLOCK_R=block_r,
-            BLOCK_V=triton.next_power_of_2(value.shape[3]),
-            HAS_MASK=mask is not None,
-            num_warps=4,
-        )
+        g, e = plan.rows(output, d_output, z)
         d_query = plan.slope(query, key, g, value, e, initial_state, slots, None, reverse=False)
         d_slots = None
         if plan.segments.slots > 0:
             d_slots = plan.partial(query, g, e, edge=need_initial, gradient=True)
             plan.scan(d_slots, d_final, d_initial, reverse=True)
         d_key = plan.slope(key, query, value, g, e, d_final, d_slots, d_initial, reverse=True)
-        d_value = torch.empty_like(output)
+        d_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         plan.sum(key, query, g, d_final, d_slots, d_value, None, d_initial, reverse=True)
     return d_query, d_key, d_value, d_initial
 
@@ -315,10 +342,10 @@ class _TaylorAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale, mask, cu_seqlens, initial_state, output_final_state):
         query, key, value = vector_rows(query), vector_rows(key), vector_rows(value)
-        output, z, slots, final = _taylor_attention_fwd(
+        output, z, slots, cut_at, final = _taylor_attention_fwd(
             query, key, value, scale, mask, cu_seqlens, initial_state, output_final_state
         )
-        ctx.save_for_backward(query, key, value, mask, cu_seqlens, initial_state, slots, output, z)
+        ctx.save_for_backward(query, key, value, mask, cu_seqlens, initial_state, slots, cut_at, output, z)
         ctx.scale = scale
         if output_final_state:
             return output, final
@@ -326,10 +353,16 @@ class _TaylorAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output, d_final=None):
-        query, key, value, mask, cu_seqlens, initial_state, slots, output, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "taylor_attention: got create_graph=True, a first derivative fits; transformers_based.taylor_attention"
+                " with TRANSFORMERS_BASED_BACKEND=torch has the second"
+            )
+        query, key, value, mask, cu_seqlens, initial_state, slots, cut_at, output, z = ctx.saved_tensors
         if d_final is not None:
             d_final = d_final.contiguous()
-        d_query, d_key, d_value, d_initial = _taylor_attention_bwd(
+        need_initial = ctx.needs_input_grad[6]
+        gradients = _taylor_attention_bwd(
             query,
             key,
             value,
@@ -338,13 +371,14 @@ class _TaylorAttention(torch.autograd.Function):
             cu_seqlens,
             initial_state,
             slots,
+            cut_at,
             output,
             z,
             d_output,
             d_final,
-            ctx.needs_input_grad[6],
+            need_initial,
         )
-        return d_query, d_key, d_value, None, None, None, d_initial, None
+        return *gradients[:3], None, None, None, gradients[3], None
 
 
 def taylor_attention(
@@ -378,10 +412,11 @@ def taylor_attention(
 
     Raises:
         TypeError or ValueError naming the argument, what it got and what fits.
+        RuntimeError: a second derivative is asked for (create_graph=True).
     """
     scale = check_sequence_inputs(query, key, value, scale, mask, cu_seqlens, initial_state)
     if mask is not None:
-        mask = (mask != 0).to(torch.int8).contiguous()
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     if initial_state is not None:

@@ -38,7 +38,7 @@ from .taylor_features import (
 
 
 # What changes with batch, length or memory layout must not cause a new compilation.
-_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS"] + [
+_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS", "COUNT", "stride_dov"] + [
     f"stride_{x}{d}" for x in ("x", "y", "a", "b", "do") for d in "bth"
 ]
 
@@ -86,9 +86,7 @@ def taylor_attention_sum_kernel(
     p_final,
     p_table,
     p_cu,
-    p_doc,
-    p_first,
-    p_slot,
+    p_cut,
     scale,
     sqrt_scale,
     T,
@@ -130,9 +128,9 @@ def taylor_attention_sum_kernel(
     i_h = (tl.program_id(0) // NV) % H
     i_s = tl.program_id(0) // NV // H
     if TABLE:
-        if tl.load(p_doc + i_s) >= N:
+        if tl.load(p_cut + 3 * N + i_s) >= N:
             return
-    i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_doc, p_first, p_slot, T, SEGMENT, PER_DOC, PACKED, TABLE)
+    i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_cut, T, N, SEGMENT, PER_DOC, PACKED, TABLE)
 
     o_c = tl.arange(0, BLOCK_C)
     o_d = tl.arange(0, P)
@@ -267,9 +265,7 @@ def taylor_attention_slope_kernel(
     p_final,
     p_table,
     p_cu,
-    p_doc,
-    p_first,
-    p_slot,
+    p_cut,
     scale,
     sqrt_scale,
     T,
@@ -318,9 +314,9 @@ def taylor_attention_slope_kernel(
     i_h = (tl.program_id(0) // NV) % H
     i_s = tl.program_id(0) // NV // H
     if TABLE:
-        if tl.load(p_doc + i_s) >= N:
+        if tl.load(p_cut + 3 * N + i_s) >= N:
             return
-    i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_doc, p_first, p_slot, T, SEGMENT, PER_DOC, PACKED, TABLE)
+    i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_cut, T, N, SEGMENT, PER_DOC, PACKED, TABLE)
 
     o_c = tl.arange(0, BLOCK_C)
     o_d = tl.arange(0, P)
@@ -447,9 +443,7 @@ def taylor_attention_partial_kernel(
     p_slots,
     p_table,
     p_cu,
-    p_doc,
-    p_first,
-    p_slot,
+    p_cut,
     scale,
     sqrt_scale,
     T,
@@ -488,11 +482,9 @@ def taylor_attention_partial_kernel(
     i_h = (tl.program_id(0) // NV) % H
     i_s = tl.program_id(0) // NV // H
     if TABLE:
-        if tl.load(p_doc + i_s) >= N:
+        if tl.load(p_cut + 3 * N + i_s) >= N:
             return
-    _, i_b, start, end, slot, is_first, is_last = locate(
-        i_s, p_cu, p_doc, p_first, p_slot, T, SEGMENT, PER_DOC, PACKED, TABLE
-    )
+    _, i_b, start, end, slot, is_first, is_last = locate(i_s, p_cu, p_cut, T, N, SEGMENT, PER_DOC, PACKED, TABLE)
     if slot < 0:
         return
     if not EDGE:
@@ -552,13 +544,13 @@ def taylor_attention_partial_kernel(
     store_moment(p_row, b_m, b_n, count, i_v == 0, scale, sqrt_scale, D, P, F_PAD, BLOCK_C, GRADIENT)
 
 
-@triton.jit(do_not_specialize=["PER_DOC", "H"])
+@triton.jit(do_not_specialize=_DYNAMIC)
 def taylor_attention_scan_kernel(
     p_slots,
     p_init,
     p_final,
-    p_slot,
-    p_count,
+    p_cut,
+    N,
     PER_DOC,
     H,
     SIZE: tl.constexpr,
@@ -576,8 +568,8 @@ def taylor_attention_scan_kernel(
     i_h = (tl.program_id(0) // NB) % H
     i_n = tl.program_id(0) // NB // H
     if TABLE:
-        slot = tl.load(p_slot + i_n)
-        count = tl.load(p_count + i_n)
+        slot = tl.load(p_cut + N + i_n)
+        count = tl.load(p_cut + 2 * N + i_n)
         if slot < 0:
             return
     else:
@@ -605,14 +597,14 @@ def taylor_attention_scan_kernel(
         tl.store(p_final + o_doc + o_x, b_carry, mask=m_x)
 
 
-@triton.jit(do_not_specialize=["ROWS", "T", "H"])
+@triton.jit(do_not_specialize=_DYNAMIC)
 def taylor_attention_rows_kernel(
     p_o,
     p_do,
     p_z,
+    p_mask,
     p_g,
     p_e,
-    p_mask,
     ROWS,
     T,
     H,
@@ -623,9 +615,13 @@ def taylor_attention_rows_kernel(
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """g_i = do_i / z_i and e_i = dL / dz_i = -(g_i . o_i); 0 for a token that does not exist."""
+    """g_i = do_i / z_i and e_i = dL / dz_i = -(g_i . o_i); 0 for a token that does not exist.
+
+    UNIT: 8 if do is contiguous in its last dimension and its other strides come in units of 8 elements, else 1.
+    """
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_v = tl.arange(0, BLOCK_V)
     m_r = o_r < ROWS
@@ -636,7 +632,11 @@ def taylor_attention_rows_kernel(
     if HAS_MASK:
         m_t = m_r & (tl.load(p_mask + o_r // H, mask=m_r, other=0) != 0)
     m_v = (o_v < V)[None, :]
-    p_do += (i_b * stride_dob + i_t * stride_dot + i_h * stride_doh)[:, None] + o_v[None, :] * stride_dov
+    p_do += ((i_b * stride_dob + i_t * stride_dot + i_h * stride_doh) * UNIT)[:, None]
+    if UNIT == 1:
+        p_do += o_v[None, :] * stride_dov
+    else:
+        p_do += o_v[None, :]
     # [BLOCK_R, BLOCK_V]
     b_o = tl.load(p_o + o_r[:, None] * V + o_v[None, :], mask=m_t[:, None] & m_v, other=0.0).to(tl.float32)
     b_g = tl.load(p_do, mask=m_t[:, None] & m_v, other=0.0).to(tl.float32)
@@ -645,12 +645,12 @@ def taylor_attention_rows_kernel(
     tl.store(p_e + o_r, -tl.sum(b_o * b_g, axis=1), mask=m_r)
 
 
-@triton.jit(do_not_specialize=["SIZE"])
-def sum_shares_kernel(p_share, p_out, SIZE, NV: tl.constexpr, BLOCK: tl.constexpr):
-    """[NV, SIZE] fp32 -> [SIZE], in a fixed order."""
+@triton.jit(do_not_specialize=_DYNAMIC)
+def sum_shares_kernel(p_share, p_out, COUNT, NV: tl.constexpr, BLOCK: tl.constexpr):
+    """[NV, COUNT] fp32 -> [COUNT], in a fixed order."""
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_x = o_x < SIZE
+    m_x = o_x < COUNT
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i_v in range(NV):
-        b_sum += tl.load(p_share + i_v * tl.cast(SIZE, tl.int64) + o_x, mask=m_x, other=0.0)
+        b_sum += tl.load(p_share + i_v * tl.cast(COUNT, tl.int64) + o_x, mask=m_x, other=0.0)
     tl.store(p_out + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
