@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """Launches a kernel that was launched before without asking Triton again what it is.
 
-Triton looks at each of thirty arguments to find the compiled kernel: 15 to 25 us of Python a launch. The first launch of
-a key goes that way and keeps what it compiled, the next ones hand it the addresses. A compiled kernel relies on
+Triton looks at each of thirty arguments to find the compiled kernel: 15 to 25 us of Python a launch. The first launch
+of a key goes that way and keeps what it compiled, the next ones hand it the addresses. A compiled kernel relies on
 
     dtypes and constants    the key must say them
     addresses               multiples of 16

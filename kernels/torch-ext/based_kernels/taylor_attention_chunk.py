@@ -39,7 +39,8 @@ class _Config(NamedTuple):
     P: int
     BLOCK_C: int
     BLOCK_V: int
-    ROLL_BY_LOAD: bool
+    ROLL_BY_GATHER: bool
+    WIDE_LAST: bool
     DTYPE: tl.dtype
     PRECISION: str
     num_warps: int
@@ -57,10 +58,10 @@ def _config(D, dtype):
     if dtype == torch.bfloat16:
         # the interpreter multiplies the bits of bfloat16 as integers
         product = tl.float32 if interpreted() else tl.bfloat16
-        return _Config(P, 16, 16, False, product, "tf32", 1 if P == 16 else 4, 3)
+        return _Config(P, 16, 16, False, P == 32, product, "tf32", 1 if P == 16 else 4, 3)
     # fp16 features overflow at |x| = 256: tf32 has the mantissa of fp16 and the range of fp32
     precision = "tf32" if dtype == torch.float16 else "tf32x3"
-    return _Config(P, 16, 16, True, tl.float32, precision, 2 if P == 16 else 4, 2 if P == 16 else 1)
+    return _Config(P, 16, 16, True, P == 32, tl.float32, precision, 1 if P == 16 else 4, 2 if P == 16 else 1)
 
 
 # Warps that fit a processor beside one another: they hold 255 registers a lane.

@@ -8,6 +8,9 @@ Two kernels do everything, each forward or backward in time, since w is symmetri
 A program owns one (segment, head, block of V). One warp does it where it can: products then take what other products
 left in registers, without a barrier. Nothing of size T x F is stored, and no sum depends on the order in which programs
 run, so results repeat bit by bit.
+
+Several warps share a product as Triton 3.6 shares out the last one of the loop. WIDE_LAST makes that one of
+[BLOCK_C or BLOCK_V, P], a part of P for each warp; after a square one each warp would do all of most products.
 """
 
 # ruff: noqa: RUF005, SIM102, E501
@@ -23,7 +26,6 @@ from .taylor_features import (
     grow_moment,
     half_roll,
     load_moment,
-    load_rolled,
     load_rolls,
     load_state,
     load_x,
@@ -31,6 +33,7 @@ from .taylor_features import (
     normaliser,
     normaliser_slope,
     num_tiles,
+    rolled,
     source_features,
     store_moment,
     store_state,
@@ -73,6 +76,28 @@ def _one_plus_s(b_x, b_yt, scale, D: tl.constexpr, P: tl.constexpr, PRECISION: t
     return b_s + 1.0
 
 
+@triton.jit
+def _grow_rest(
+    b_next,
+    b_s,
+    b_bt,
+    b_yt,
+    b_y32,
+    b_rollt,
+    o_d,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tiles from P / 2 on of a state [BLOCK_V, P] that takes in a chunk, after those in b_next."""
+    for r in tl.static_range(P // 2, num_tiles(D, P)):
+        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+        b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
+    return b_next
+
+
 @triton.jit(do_not_specialize=_DYNAMIC)
 def taylor_attention_sum_kernel(
     p_x,
@@ -109,7 +134,8 @@ def taylor_attention_sum_kernel(
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    ROLL_BY_LOAD: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_INIT: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -179,7 +205,7 @@ def taylor_attention_sum_kernel(
         b_x = load_x(p_xc, r_x, m_t, o_d, D, P, DTYPE)
         b_y = load_x(p_yc, r_y, m_t, o_d, D, P, DTYPE)
         b_yt = load_xt(p_yc, r_yt, m_t, o_d, D, P, DTYPE)
-        b_y32 = columns(b_yt, b_rollt, ROLL_BY_LOAD, PRECISION)
+        b_y32 = columns(b_yt, b_rollt, ROLL_BY_GATHER, PRECISION)
         b_b = tl.load(p_b + i_t * stride_bt * 8 + r_b, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
         b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
 
@@ -191,31 +217,29 @@ def taylor_attention_sum_kernel(
             # [BLOCK_C, P]
             b_f = b_x
             if r > 0:
-                if ROLL_BY_LOAD:
-                    b_f = load_rolled(p_xc, r_rowx, m_t, r, D, P, DTYPE)
+                if ROLL_BY_GATHER:
+                    b_f = rolled(b_x, r, P, 1)
                 else:
                     b_f = tl.dot(b_x, b_roll[r], input_precision=PRECISION).to(DTYPE)
             b_sf = b_s[r]
             if D < P:
                 b_sf = b_sf * coef_columns(r, scale, D, P)[None, :]
             b_o = tl.dot(b_f * b_x, tl.trans(b_sf).to(DTYPE), b_o, input_precision=PRECISION)
-            b_f = source_features(r, b_yt, b_y32, b_rollt, p_yc, r_rowy, m_t, o_d, D, P, ROLL_BY_LOAD, DTYPE, PRECISION)
+            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
             b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
         if D == P:
             b_o *= scale
             b_o = tl.dot(b_x, tl.trans(b_s[P // 2 + 1]).to(DTYPE), b_o, input_precision=PRECISION)
             b_o *= scale
-        if ROLL_BY_LOAD:
-            b_f = load_rolled(p_xc, r_rowx, m_t, P // 2, D, P, DTYPE)
+        if ROLL_BY_GATHER:
+            b_f = rolled(b_x, P // 2, P, 1)
         else:
             b_f = tl.dot(b_x, b_roll[P // 2], input_precision=PRECISION).to(DTYPE)
         b_f = half_roll(b_f * b_x, o_d, D, P, DTYPE, False)
         b_sf = b_s[P // 2] * coef_columns(P // 2, scale, D, P)[None, :]
         b_o = tl.dot(b_f, tl.trans(b_sf).to(DTYPE), b_o, input_precision=PRECISION)
-        for r in tl.static_range(P // 2, num_tiles(D, P)):
-            b_f = source_features(r, b_yt, b_y32, b_rollt, p_yc, r_rowy, m_t, o_d, D, P, ROLL_BY_LOAD, DTYPE, PRECISION)
-            b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
-        b_s = b_next
+        if not WIDE_LAST:
+            b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
 
         # tokens of this chunk
         # [BLOCK_C, BLOCK_C]
@@ -241,6 +265,8 @@ def taylor_attention_sum_kernel(
                 count += tl.sum(m_t.to(tl.float32), axis=0)
             else:
                 count += tl.minimum(left, BLOCK_C).to(tl.float32)
+        if WIDE_LAST:
+            b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
 
     if HAS_FINAL:
         if slot < 0:
@@ -249,6 +275,39 @@ def taylor_attention_sum_kernel(
             if not REVERSE:
                 p_row = p_state + V * F_PAD
                 store_moment(p_row, b_m, b_n, count, i_v == 0, scale, sqrt_scale, D, P, F_PAD, BLOCK_C, False)
+
+
+@triton.jit
+def _grow_slope(
+    b_s,
+    b_m,
+    b_n,
+    count,
+    b_b,
+    b_y,
+    b_yt,
+    b_y32,
+    b_e,
+    b_rollt,
+    o_d,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A state [P, BLOCK_V] and its moments take in a chunk."""
+    b_next = ()
+    for r in tl.static_range(num_tiles(D, P)):
+        # [P, BLOCK_C]
+        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+        b_next = b_next + (tl.dot(b_f.to(DTYPE), b_b, b_s[r], input_precision=PRECISION),)
+    if REVERSE:
+        b_y = (b_y.to(tl.float32) * b_e[:, None]).to(DTYPE)
+        count += tl.sum(b_e, axis=0)
+    b_m, b_n = grow_moment(b_m, b_n, b_y32.to(DTYPE), b_y, D, P, PRECISION)
+    return b_next, b_m, b_n, count
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -292,7 +351,8 @@ def taylor_attention_slope_kernel(
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    ROLL_BY_LOAD: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_INIT: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -366,7 +426,7 @@ def taylor_attention_slope_kernel(
         b_x = load_x(p_xc, r_x, m_t, o_d, D, P, DTYPE)
         b_y = load_x(p_yc, r_y, m_t, o_d, D, P, DTYPE)
         b_yt = load_xt(p_yc, r_yt, m_t, o_d, D, P, DTYPE)
-        b_y32 = columns(b_yt, b_rollt, ROLL_BY_LOAD, PRECISION)
+        b_y32 = columns(b_yt, b_rollt, ROLL_BY_GATHER, PRECISION)
         b_a = tl.load(p_a + i_t * stride_at * 8 + r_a, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
         b_b = tl.load(p_b + i_t * stride_bt * 8 + r_b, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
         b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
@@ -386,11 +446,12 @@ def taylor_attention_slope_kernel(
             if r == 0:
                 b_dx += 2.0 * (b_dphi * b_x32)
             else:
-                if ROLL_BY_LOAD:
-                    b_dx += b_dphi * load_rolled(p_xc, r_rowx, m_t, r, D, P, DTYPE)
+                if ROLL_BY_GATHER:
+                    b_dx += b_dphi * rolled(b_x, r, P, 1)
+                    b_back += rolled(b_dphi * b_x32, P - r, P, 1)
                 else:
                     b_dx += b_dphi * tl.dot(b_x, b_roll[r], input_precision=PRECISION)
-                b_back = tl.dot((b_dphi * b_x32).to(DTYPE), b_rollt[r], b_back, input_precision=PRECISION)
+                    b_back = tl.dot((b_dphi * b_x32).to(DTYPE), b_rollt[r], b_back, input_precision=PRECISION)
         b_dx += b_back
         if D == P:
             b_dx *= scale
@@ -401,6 +462,27 @@ def taylor_attention_slope_kernel(
             b_dx += b_slope
         else:
             b_dx += b_e[:, None] * b_slope
+
+        if WIDE_LAST:
+            b_s, b_m, b_n, count = _grow_slope(
+                b_s,
+                b_m,
+                b_n,
+                count,
+                b_b,
+                b_y,
+                b_yt,
+                b_y32,
+                b_e,
+                b_rollt,
+                o_d,
+                D,
+                P,
+                ROLL_BY_GATHER,
+                REVERSE,
+                DTYPE,
+                PRECISION,
+            )
 
         # tokens of this chunk
         # [BLOCK_C, BLOCK_C]
@@ -417,16 +499,26 @@ def taylor_attention_slope_kernel(
         m_dx = (o_c < left)[:, None] & (o_d < D)[None, :]
         tl.store(p_dx + i_t * (H * D) + r_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
 
-        b_next = ()
-        for r in tl.static_range(num_tiles(D, P)):
-            # [P, BLOCK_C]
-            b_f = source_features(r, b_yt, b_y32, b_rollt, p_yc, r_rowy, m_t, o_d, D, P, ROLL_BY_LOAD, DTYPE, PRECISION)
-            b_next = b_next + (tl.dot(b_f.to(DTYPE), b_b, b_s[r], input_precision=PRECISION),)
-        b_s = b_next
-        if REVERSE:
-            b_y = (b_y.to(tl.float32) * b_e[:, None]).to(DTYPE)
-            count += tl.sum(b_e, axis=0)
-        b_m, b_n = grow_moment(b_m, b_n, b_y32.to(DTYPE), b_y, D, P, PRECISION)
+        if not WIDE_LAST:
+            b_s, b_m, b_n, count = _grow_slope(
+                b_s,
+                b_m,
+                b_n,
+                count,
+                b_b,
+                b_y,
+                b_yt,
+                b_y32,
+                b_e,
+                b_rollt,
+                o_d,
+                D,
+                P,
+                ROLL_BY_GATHER,
+                REVERSE,
+                DTYPE,
+                PRECISION,
+            )
 
     if HAS_FINAL:
         if slot < 0:
@@ -463,7 +555,8 @@ def taylor_attention_partial_kernel(
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    ROLL_BY_LOAD: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
     TABLE: tl.constexpr,
@@ -523,13 +616,14 @@ def taylor_attention_partial_kernel(
         p_yc = p_y + i_t * stride_yt * 8
         b_y = load_x(p_yc, r_y, m_t, o_d, D, P, DTYPE)
         b_yt = load_xt(p_yc, r_yt, m_t, o_d, D, P, DTYPE)
-        b_y32 = columns(b_yt, b_rollt, ROLL_BY_LOAD, PRECISION)
+        b_y32 = columns(b_yt, b_rollt, ROLL_BY_GATHER, PRECISION)
         b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
         b_next = ()
-        for r in tl.static_range(num_tiles(D, P)):
-            b_f = source_features(r, b_yt, b_y32, b_rollt, p_yc, r_rowy, m_t, o_d, D, P, ROLL_BY_LOAD, DTYPE, PRECISION)
+        for r in tl.static_range(P // 2):
+            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
             b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
-        b_s = b_next
+        if not WIDE_LAST:
+            b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
         # [BLOCK_C]: what a token counts for in the normaliser
         b_e = m_t.to(tl.float32)
         if GRADIENT:
@@ -537,6 +631,8 @@ def taylor_attention_partial_kernel(
             b_y = (b_y.to(tl.float32) * b_e[:, None]).to(DTYPE)
         b_m, b_n = grow_moment(b_m, b_n, b_y32.to(DTYPE), b_y, D, P, PRECISION)
         count += tl.sum(b_e, axis=0)
+        if WIDE_LAST:
+            b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
 
     p_state = p_slots + (slot.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
     store_state(p_state, b_s, o_v, V, scale, sqrt_scale, D, P, F_PAD, GRADIENT)

@@ -15,7 +15,7 @@ Maths:  w(q, k) = 1 + s + s^2 / 2 = sum_f coef_f half_f phi_f(q) phi_f(k),  half
         coef = scale^2 for two entries, scale for one, 1 for none.  A state inside is sum half_f phi_f(k) v.
         public state = sum unit_f phi_f(k) v,  unit = scale, sqrt(scale), 1; its gradient carries the inverse unit.
 
-In bf16 a roll is a product with a permutation matrix: exact, and on the tensor cores. In fp32 it is read from memory.
+In bf16 a roll is a product with a permutation matrix: exact, and on the tensor cores. In fp32 it is a gather within a warp.
 """
 
 # ruff: noqa: E501, RUF005
@@ -46,10 +46,11 @@ def load_xt(p_x, r_xt, m_t, o_d, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.con
 
 
 @triton.jit
-def load_rolled(p_x, r_row, m_t, r: tl.constexpr, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
-    """x [BLOCK_C, P] rolled by r, read entry by entry: for dtypes in which a product is not exact or costs more."""
-    o_d = (tl.arange(0, P) + r) % P
-    return load_x(p_x, r_row[:, None] + o_d[None, :], m_t, o_d, D, P, DTYPE)
+def rolled(b_x, r: tl.constexpr, P: tl.constexpr, AXIS: tl.constexpr):
+    """x [BLOCK_C, P] (AXIS 1) or x^T [P, BLOCK_C] (AXIS 0), its entries rolled by r within their warp: for dtypes in which
+    a product is not exact or costs more."""
+    o_d = tl.expand_dims((tl.arange(0, P) + r) % P, 1 - AXIS)
+    return tl.gather(b_x, tl.broadcast_to(o_d, b_x.shape), AXIS)
 
 
 @triton.jit
@@ -294,9 +295,9 @@ def grow_moment(b_m, b_n, b_yt, b_y, D: tl.constexpr, P: tl.constexpr, PRECISION
 
 
 @triton.jit
-def columns(b_yt, b_rollt, ROLL_BY_LOAD: tl.constexpr, PRECISION: tl.constexpr):
+def columns(b_yt, b_rollt, ROLL_BY_GATHER: tl.constexpr, PRECISION: tl.constexpr):
     """y^T [P, BLOCK_C] in fp32 as a product leaves it: the identity times y^T costs less than another layout of y^T."""
-    if ROLL_BY_LOAD:
+    if ROLL_BY_GATHER:
         return b_yt
     else:
         return tl.dot(b_rollt[0], b_yt, input_precision=PRECISION)
@@ -308,13 +309,10 @@ def source_features(
     b_yt,
     b_y32,
     b_rollt,
-    p_y,
-    r_row,
-    m_t,
     o_d,
     D: tl.constexpr,
     P: tl.constexpr,
-    ROLL_BY_LOAD: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -324,8 +322,8 @@ def source_features(
         b_f = b_y32
     elif r == 0:
         b_f = b_y32 * (b_y32 * 0.5)
-    elif ROLL_BY_LOAD:
-        b_f = tl.trans(load_rolled(p_y, r_row, m_t, r, D, P, DTYPE)) * b_y32
+    elif ROLL_BY_GATHER:
+        b_f = rolled(b_yt, r, P, 0) * b_y32
     else:
         b_f = tl.dot(b_rollt[r], b_yt, input_precision=PRECISION) * b_y32
     if r == P // 2:
