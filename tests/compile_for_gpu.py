@@ -100,10 +100,14 @@ def main():
         ring, count = torch.zeros(2, 1, 1, W, HEAD_DIM, dtype=DTYPE), torch.zeros(1, 1, dtype=torch.int64)
         one, group = (torch.zeros(1, 1, heads, HEAD_DIM, dtype=DTYPE) for heads in (1, 3))
         sliding_attention_step(group, one, one, angles, angles, *ring, count, mask=mask)
-    swiglu(*projected.chunk(2, dim=-1))
+    for N in (1, 1024):
+        both = torch.zeros(N, 48, dtype=DTYPE, requires_grad=True)
+        swiglu(*both.chunk(2, dim=-1)).sum().backward()
     for C in (24, 16384):
-        hidden_states, weight = torch.zeros(1, C, dtype=DTYPE), torch.ones(C, dtype=DTYPE)
-        rms_norm(hidden_states, weight, 1e-5, residual=hidden_states.float())
+        hidden_states, weight = (torch.ones(n, C, dtype=DTYPE, requires_grad=True) for n in (2, 1))
+        for residual in (hidden_states, hidden_states.float()):
+            normed, total = rms_norm(hidden_states, weight[0], 1e-5, residual=residual)
+            torch.autograd.grad(normed.sum() + total.sum(), [hidden_states, weight])
     pending = [torch.zeros(1, 2, 64, size).to(DTYPE) for size in (FEATURE_DIM, HEAD_DIM)]
     num_pending = torch.zeros(1, 2, dtype=torch.int32)
     taylor_attention_lazy_step(*token, state[:1].detach().clone(), *pending, num_pending, mask=mask)

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""What the tests of the small decoding kernels share: how a result is judged, NaN outputs, graphs, compilations."""
+"""What the tests of the small kernels share: how a result is judged, NaN outputs, gradients, graphs, compilations."""
 
 import pytest
 import torch
@@ -35,6 +35,14 @@ def assert_exact(ours, plain, oracle):
     error, allowed = rms_error(ours, oracle), rms_error(plain, oracle) + TOLERANCE[ours.dtype]
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
     assert allowed < 0.1, "zeros would pass"
+
+
+def gradients(op, inputs, d_outputs):
+    """Of the outputs of `op` in those of its `inputs` that are floating-point tensors."""
+    leaves = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    outputs = op(*leaves)
+    wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+    return torch.autograd.grad(outputs, wanted, d_outputs)
 
 
 def poison_outputs(monkeypatch):
@@ -86,6 +94,14 @@ def assert_compiles_whole(call, *inputs, changed=()):
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want))):
         assert torch.equal(a, b)
     assert all(torch.equal(x, last) for x, last in zip(changed, ended))
+
+
+def assert_gradients_compile_whole(call, inputs, d_outputs):
+    """torch.compile takes `call` as one graph, forward and backward; the gradients are the same bits."""
+    want = gradients(call, inputs, d_outputs)
+    torch._dynamo.reset()
+    got = gradients(torch.compile(call, fullgraph=True), inputs, d_outputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def assert_compiles_nothing_new(call, sizes):

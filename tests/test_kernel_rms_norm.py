@@ -1,8 +1,10 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""The fused residual sum and RMSNorm against float64; plain PyTorch is the model's own norm.
+"""The fused residual sum and RMSNorm and their gradients against float64; plain PyTorch is the model's own norm.
 
 Without a GPU the kernel runs in Triton's interpreter.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -17,14 +19,17 @@ from kernel_checks import (
     assert_compiles_nothing_new,
     assert_compiles_whole,
     assert_exact,
+    assert_gradients_compile_whole,
     assert_graph_replays,
-    assert_refuses_gradients,
     draw,
+    gradients,
     on_gpu,
     poison_outputs,
+    rms_error,
 )
 
 from based_kernels import rms_norm
+from transformers_based import ops
 from transformers_based.modeling_based import BasedRMSNorm
 
 
@@ -157,7 +162,7 @@ def bad_calls():
         ("eps", TypeError, "number", replace(eps=lambda x: torch.tensor(x))),
         ("eps", TypeError, "number", replace(eps=lambda x: None)),
         ("eps", ValueError, ">= 0", replace(eps=lambda x: -x)),
-        ("residual", TypeError, "float32 or bfloat16", replace(residual=lambda x: x.half())),
+        ("residual", TypeError, "float32 or float16 or bfloat16", replace(residual=lambda x: x.double())),
         ("residual", ValueError, "shape of hidden_states", replace(residual=lambda x: x[:1])),
     ]
 
@@ -168,10 +173,157 @@ def test_errors_name_the_argument_and_the_fix(name, error, fix, call):
         call()
 
 
-@pytest.mark.parametrize("name", ["hidden_states", "weight", "residual"])
-def test_forward_only(name):
-    inputs = dict(zip(("hidden_states", "weight", "residual"), make((1, 8), torch.float32, torch.float32)))
-    assert_refuses_gradients(lambda: rms_norm(eps=EPS, **inputs), name, inputs[name])
+def exact_sum_and_norm(hidden_states, weight, residual):
+    total = hidden_states if residual is None else hidden_states.double() + residual.double()
+    normed = oracle(total, weight, EPS)
+    return normed if residual is None else (normed, total)
+
+
+def plain_sum_and_norm(hidden_states, weight, residual):
+    normed, total = ops.rms_norm(hidden_states, weight, EPS, residual)
+    return normed if residual is None else (normed, total)
+
+
+def fused_sum_and_norm(hidden_states, weight, residual):
+    normed, total = rms_norm(hidden_states, weight, EPS, residual=residual)
+    return normed if residual is None else (normed, total)
+
+
+def draw_gradients(hidden_states, weight, residual):
+    """Of the norm, and of the sum if there is one."""
+    shape = hidden_states.shape
+    d_normed = draw(*shape, dtype=weight.dtype, seed=5)
+    if residual is None:
+        return [d_normed]
+    dtype = torch.promote_types(hidden_states.dtype, residual.dtype)
+    return [d_normed, draw(*shape, dtype=dtype, seed=6)]
+
+
+def compare_gradients(inputs, d_outputs=None):
+    """Of hidden_states, weight, and residual if there is one; -> ours."""
+    d_outputs = d_outputs or draw_gradients(*inputs)
+    exact = [x if x is None else x.double() for x in inputs]
+    want = gradients(exact_sum_and_norm, exact, [x.double() for x in d_outputs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+        plain = gradients(plain_sum_and_norm, inputs, d_outputs)
+    ours = gradients(fused_sum_and_norm, inputs, d_outputs)
+    for got, near, exact in zip(ours, plain, want, strict=True):
+        assert_exact(got, near, exact)
+    return ours
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """So that few rows are several runs, the last of them shorter."""
+    module = importlib.import_module("based_kernels.rms_norm")
+    monkeypatch.setattr(module, "_RUNS", 3)
+    monkeypatch.setattr(module, "_SHORTEST_RUN", 1)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 1, 7), (5, 1, 80), (2, 7, 600), (1, 2, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(monkeypatch, short_runs, shape, dtype):
+    poison_outputs(monkeypatch)
+    for residual_dtype in dict.fromkeys((None, torch.float32, dtype)):
+        inputs = make(shape, dtype, residual_dtype)
+        if shape[-1] == 1:
+            # y is 1 or -1, next to whatever x is, and eps keeps its slope from being 0
+            inputs[0].mul_(1e-2)
+        compare_gradients(inputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "residual_dtype"),
+    [
+        # autocast, a model in half a type with a wider norm, a narrow stream of another type
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_gradients_of_mixed_dtypes(short_runs, dtype, weight_dtype, residual_dtype):
+    inputs = make((4, 3, 24), dtype, residual_dtype, weight_dtype)
+    assert [x.dtype for x in compare_gradients(inputs)] == [dtype, weight_dtype, residual_dtype]
+    total = fused_sum_and_norm(*inputs)[1]
+    torch.testing.assert_close(total, inputs[2] + inputs[0], rtol=0, atol=0)
+
+
+def test_many_runs_are_added(short_runs, monkeypatch):
+    """More than the second stage takes in at once."""
+    monkeypatch.setattr(short_runs, "_RUNS", 200)
+    compare_gradients(make((150, 9), torch.float32, torch.float32))
+
+
+def test_gradients_of_any_strides():
+    inputs = make((3, 2, 24), torch.float32, torch.float32)
+    d_outputs = draw_gradients(*inputs)
+    want = gradients(fused_sum_and_norm, inputs, d_outputs)
+
+    def padded(x):
+        return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+
+    def swapped(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for change in (padded, swapped):
+        got = gradients(fused_sum_and_norm, [change(x) for x in inputs], [change(x) for x in d_outputs])
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    for size in ((1, 1, 1), (1, 1, 24), (3, 1, 24)):
+        small = [x[tuple(slice(n) for n in size)] for x in d_outputs]
+        expanded, copies = ([f(x.expand(3, 2, 24)) for x in small] for f in (lambda x: x, torch.clone))
+        got, want = (gradients(fused_sum_and_norm, inputs, d) for d in (expanded, copies))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_one_output_alone():
+    """The gradient of the other is 0."""
+    inputs = make((3, 24), torch.float32, torch.float32)
+    d_outputs = draw_gradients(*inputs)
+    for i in (0, 1):
+        zeros = [x if i == j else torch.zeros_like(x) for j, x in enumerate(d_outputs)]
+        want = gradients(exact_sum_and_norm, [x.double() for x in inputs], [x.double() for x in zeros])
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        got = torch.autograd.grad(fused_sum_and_norm(*leaves)[i], leaves, d_outputs[i])
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_frozen_costs_nothing(short_runs, monkeypatch):
+    inputs = make((4, 24), torch.bfloat16, torch.float32)
+    d_outputs = draw_gradients(*inputs)
+    want = gradients(fused_sum_and_norm, inputs, d_outputs)
+    for needed in (0, 1, 2):
+        leaves = [x.clone().requires_grad_(i == needed) for i, x in enumerate(inputs)]
+        if needed != 1:
+            # no second stage, nothing for it
+            monkeypatch.setattr(short_runs, "_rms_norm_sum_kernel", None)
+        (got,) = torch.autograd.grad(fused_sum_and_norm(*leaves), [leaves[needed]], d_outputs)
+        assert torch.equal(got, want[needed])
+        monkeypatch.undo()
+
+
+def test_gradients_of_rows_of_any_size():
+    """Over zeros, over a tiny row and a huge one."""
+    hidden_states, weight, _ = make((4, 40), torch.float32)
+    hidden_states *= torch.tensor([[1e-3], [0], [1e15], [1]], device=DEVICE)
+    d_normed = draw(4, 40, seed=5)
+    got, _ = gradients(fused_sum_and_norm, (hidden_states, weight, None), [d_normed])
+    exact = (hidden_states.double(), weight.double(), None)
+    want, _ = gradients(exact_sum_and_norm, exact, [d_normed.double()])
+    for row in (0, 2, 3):
+        # plain PyTorch loses the huge row: in fp32 the third power of 1e-15 is 0
+        assert rms_error(got[row], want[row]) < 5e-7
+    torch.testing.assert_close(got[1], d_normed[1] * weight * EPS**-0.5)
+
+
+def test_differentiable_once():
+    hidden_states, weight, _ = make((2, 8), torch.float32)
+    normed, _ = rms_norm(hidden_states.requires_grad_(), weight, EPS)
+    with pytest.raises(RuntimeError, match="rms_norm: got create_graph=True"):
+        torch.autograd.grad(normed.sum(), hidden_states, create_graph=True)
 
 
 # The 1.3B shape.
@@ -230,3 +382,68 @@ def test_gpu_new_batches_compile_nothing():
         rms_norm(hidden_states, weight, EPS)
 
     assert_compiles_nothing_new(call, [1, 2, 3, 16, 17, 128])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 3, 2049, 16384])
+def test_gpu_gradients(monkeypatch, N, dtype):
+    poison_outputs(monkeypatch)
+    for residual_dtype in dict.fromkeys((None, torch.float32, dtype)):
+        compare(*make((1, N, C), dtype, residual_dtype))
+        compare_gradients(make((1, N, C), dtype, residual_dtype))
+
+
+@on_gpu
+@pytest.mark.parametrize("C", [1, 7, 1000, 4096, 16383, 16384])
+def test_gpu_gradients_of_any_width(C):
+    hidden_states, *others = make((513, C), torch.bfloat16, torch.float32)
+    compare_gradients((hidden_states * (1e-2 if C == 1 else 1), *others))
+
+
+@on_gpu
+def test_gpu_gradients_repeat_bit_by_bit():
+    inputs = make((8, 2048, C), torch.bfloat16, torch.float32)
+    d_outputs = draw_gradients(*inputs)
+    first = gradients(fused_sum_and_norm, inputs, d_outputs)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(fused_sum_and_norm, inputs, d_outputs), first))
+
+
+@on_gpu
+def test_gpu_gradients_in_a_cuda_graph():
+    inputs = make((2, 300, C), torch.bfloat16, torch.float32)
+    d_outputs = draw_gradients(*inputs)
+    assert_graph_replays(lambda: gradients(fused_sum_and_norm, inputs, d_outputs))
+
+
+@on_gpu
+def test_gpu_gradients_compile_whole():
+    inputs = make((3, 50, C), torch.bfloat16, torch.float32)
+    assert_gradients_compile_whole(lambda *x: fused_sum_and_norm(*x), inputs, draw_gradients(*inputs))
+    inputs = (*inputs[:2], None)
+    assert_gradients_compile_whole(lambda *x: fused_sum_and_norm(*x), inputs, draw_gradients(*inputs))
+
+
+@on_gpu
+def test_gpu_new_lengths_compile_nothing():
+    def call(T):
+        inputs = make((2, T, C), torch.bfloat16, torch.float32)
+        gradients(fused_sum_and_norm, inputs, draw_gradients(*inputs))
+
+    assert_compiles_nothing_new(call, [1, 2, 3, 16, 17, 512, 513, 1024, 1027, 4096])
+
+
+@on_gpu
+def test_gpu_more_than_two_to_the_31():
+    """The last rows are like those rows alone."""
+    N = 2**31 // C + 5
+    hidden_states = torch.empty((N, C), dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
+    weight = draw(C, dtype=torch.bfloat16, seed=1)
+    last = hidden_states.detach()[-3:].clone().requires_grad_()
+    normed, few = rms_norm(hidden_states, weight, EPS)[0], rms_norm(last, weight, EPS)[0]
+    assert torch.equal(normed[-3:], few)
+    d_normed = draw(1, C, dtype=torch.bfloat16, seed=5)
+    (got,) = torch.autograd.grad(normed, hidden_states, d_normed.expand_as(normed))
+    (want,) = torch.autograd.grad(few, last, d_normed.expand_as(few))
+    assert torch.equal(got[-3:], want)

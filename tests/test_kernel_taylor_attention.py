@@ -662,5 +662,7 @@ def test_compiles_for_a_gpu_without_one(capability, D, V, dtype):
     names = {f"taylor_attention_{name}_kernel" for name in ("sum", "slope", "partial")}
     names |= {f"_taylor_attention_{name}_kernel" for name in ("step", "lazy_step")}
     names |= {f"_{op}_step_kernel" for op in ("gated_short_conv", "sliding_attention")}
-    names |= {f"_{op}_fwd_kernel" for op in ("rms_norm", "swiglu")}
+    names |= {f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("fwd", "bwd")} | {
+        "_rms_norm_sum_kernel"
+    }
     assert names < {name for name, _ in kernels}
