@@ -183,7 +183,6 @@ class _Graph:
                 position_ids=position_ids,
                 attention_mask=step_masks(exists),
                 past_key_values=step.cache,
-                defers_sums=True,
             ).logits
 
         self._replay, self._logits = record(forward, model.device)

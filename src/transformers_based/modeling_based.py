@@ -52,6 +52,7 @@ from .ops import (
     at_least_fp32,
     can_step_fused,
     gated_short_conv_step,
+    lay_side_by_side,
     project,
     rms_norm,
     sliding_attention_step,
@@ -726,6 +727,30 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         return (residual, update) if defers_sums else residual + update
 
 
+def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
+    """
+    Whether each layer may leave its last sum to the next one's norm: nobody else sees what goes from layer to layer
+    (hooks, such as those of `output_hidden_states`, and wrappers expect the residual stream in one tensor), and nobody
+    keeps it, as checkpointing does, which would then keep two.
+    """
+    for layer in layers:
+        if type(layer) is not BasedDecoderLayer or (layer.gradient_checkpointing and layer.training):
+            return False
+        if _is_watched(layer) or _is_watched(layer.input_layernorm):
+            return False
+    return not _is_watched(norm)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
 # Each asks `from_pretrained` for other weights than those in the usual files.
 OPTIONS_FOR_OTHER_WEIGHTS = ("ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant")
 
@@ -899,12 +924,9 @@ class BasedModel(BasedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
-        defers_sums: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
-        defers_sums (`bool`, *optional*, defaults to `False`):
-            For `DecodeGraphs`: each layer leaves its last sum to the next, so layers return two tensors.
         seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             The document of each token where several share a row. `cu_seq_lens_q` or `position_ids` that restart say the
             same. Documents do not see each other.
@@ -959,7 +981,7 @@ class BasedModel(BasedPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(at_least_fp32(hidden_states.dtype))
-        update = None
+        update, defers_sums = None, _can_defer_sums(self.layers, self.norm)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -1135,6 +1157,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         """
         if compile_config is not None or obstacle_to_graphs(self):
             return super().get_compiled_call(compile_config)
+        lay_side_by_side(self)
         if self._decode_graphs is None:
             self._decode_graphs = DecodeGraphs(self)
         self._decode_graphs.refresh()

@@ -7,14 +7,14 @@
     gated_short_conv_step    state := [state, u][1:];  silu(sum_k weight_k state_k) * g          of [B, 1, C]
     sliding_attention_step   softmax attention of one rotated token [B, 1, H, D] to the ring of its window
 
-The fused ones have no backward: they run where no gradient is asked for.
+The fused steps have no backward: they run where no gradient is asked for.
 """
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .backend import based_kernels, can_fuse, choose_backend
+from .backend import backend_wanted, based_kernels, can_fuse, choose_backend
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -22,9 +22,16 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _is_fused(op: str, x: torch.Tensor) -> bool:
-    if torch.is_grad_enabled() or not can_fuse(x):
-        return False
-    return _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
+    return can_fuse(x) and _choose_backend(op, x.device.type, str(x.dtype)) == "triton"
+
+
+def _is_step_fused(op: str, x: torch.Tensor) -> bool:
+    return not torch.is_grad_enabled() and _is_fused(op, x)
+
+
+def _are_plain(*tensors: torch.Tensor) -> bool:
+    """Not sharded over devices, nor of another type of somebody's making."""
+    return all(type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -33,44 +40,102 @@ def _choose_backend(op: str, device: str, dtype: str) -> str:
 
 
 def project(x: torch.Tensor, *projections: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What each of several `nn.Linear` makes of `x`; in one product if `lay_side_by_side` has put their weights so."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _are_side_by_side(projections):
-        return tuple(projection(x) for projection in projections)
-    first, sizes = projections[0].weight, [projection.out_features for projection in projections]
-    weight = first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))
-    return nn.functional.linear(x, weight).split(sizes, dim=-1)
+    """
+    What each of several `nn.Linear` makes of `x`; in one product if `lay_side_by_side` has put their weights so. On a
+    GPU the gradient of `x` is summed up inside of the products that make it.
+    """
+    weights = None if torch.compiler.is_compiling() else _plain_weights(projections)
+    if weights is not None and _are_plain(x) and not torch.is_grad_enabled():
+        return _products(x, weights)
+    if weights is not None and _are_plain(x) and _sums_gradients(x):
+        return _Projections.apply(x, *weights)
+    return tuple(projection(x) for projection in projections)
 
 
-def _are_side_by_side(projections: tuple[nn.Module, ...]) -> bool:
-    address = storage = None
+def _sums_gradients(x: torch.Tensor) -> bool:
+    return can_fuse(x) and backend_wanted() != "torch" and not torch.is_autocast_enabled(x.device.type)
+
+
+def _plain_weights(projections: tuple[nn.Module, ...]) -> tuple[nn.Parameter, ...] | None:
+    """The weights, if all that the projections do is to multiply by them."""
     for projection in projections:
         # Adapters, quantized and sharded weights have other types, and hooks must be called.
         if type(projection) is not nn.Linear or projection.bias is not None:
-            return False
+            return None
         if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
-            return False
-        weight = projection.weight
-        if type(weight) is not nn.Parameter:
-            return False
-        here = weight.untyped_storage().data_ptr()
-        if address is not None and (weight.data_ptr() != address or here != storage):
-            return False
-        address, storage = weight.data_ptr() + weight.nbytes, here
-    return True
+            return None
+        if projection._backward_hooks or projection._backward_pre_hooks or type(projection.weight) is not nn.Parameter:
+            return None
+    return tuple(projection.weight for projection in projections)
+
+
+def _side_by_side(tensors: tuple[torch.Tensor, ...], dim: int) -> torch.Tensor | None:
+    """Matrices that lie side by side in memory along `dim`, as one; None if they do not."""
+    first, size = tensors[0], 0
+    address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for x in tensors:
+        if x.stride() != first.stride() or x.data_ptr() != address + size * first.stride(dim) * first.element_size():
+            return None
+        if x.untyped_storage().data_ptr() != storage:
+            return None
+        size += x.shape[dim]
+    shape = (size, first.shape[1]) if dim == 0 else (first.shape[0], size)
+    return first.as_strided(shape, first.stride())
+
+
+def _products(x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    weight = _side_by_side(weights, dim=0)
+    if weight is None:
+        return tuple(nn.functional.linear(x, weight) for weight in weights)
+    return nn.functional.linear(x, weight).split([weight.shape[0] for weight in weights], dim=-1)
+
+
+class _Projections(torch.autograd.Function):
+    """`_products`. What autograd would make of it: a product for the gradient of x for each weight, and their sums."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return _products(x, weights)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        x, *weights = ctx.saved_tensors
+        needs_dx, *need_dw = ctx.needs_input_grad
+        rows, parts = x.reshape(-1, x.shape[-1]), [d.reshape(-1, d.shape[-1]) for d in d_outputs]
+        # For gradients of gradients only what autograd can follow.
+        may_merge, dx = not torch.is_grad_enabled(), None
+        weight, d_output = (_side_by_side(weights, 0), _side_by_side(parts, 1)) if may_merge else (None, None)
+        if weight is not None and d_output is not None and all(need_dw):
+            dx = d_output @ weight if needs_dx else None
+            dw = (d_output.t() @ rows).split([weight.shape[0] for weight in weights])
+        else:
+            for d, weight in zip(parts, weights) if needs_dx else ():
+                if dx is None:
+                    dx = d @ weight
+                else:
+                    dx = dx.addmm_(d, weight) if may_merge else dx.addmm(d, weight)
+            dw = [d.t() @ rows if needed else None for d, needed in zip(parts, need_dw)]
+        return dx if dx is None else dx.view(x.shape), *dw
 
 
 def lay_side_by_side(model: nn.Module) -> None:
     """
     Puts the weights of projections that share an input (`shares_input` of a module names them) behind one another in
-    memory. The parameters stay what and where they are; only the addresses of their values change.
+    memory. The parameters stay what and where they are; only the addresses of their values change. Weights that are
+    parts of something larger stay: an optimizer or a sharding library may have put them there, to change them there.
     """
-    for module in model.modules():
-        projections = tuple(getattr(module, name) for name in getattr(module, "shares_input", ()))
-        if projections and not _are_side_by_side(projections):
-            weights = [projection.weight for projection in projections]
-            merged = torch.cat([weight.data for weight in weights])
-            for weight, part in zip(weights, merged.split([weight.shape[0] for weight in weights])):
-                weight.data = part
+    # What is made in `torch.inference_mode` cannot be changed outside of it, and this outlives it.
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            projections = tuple(getattr(module, name) for name in getattr(module, "shares_input", ()))
+            weights = _plain_weights(projections) if projections else None
+            if weights is None or _side_by_side(weights, dim=0) is not None:
+                continue
+            if all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights):
+                merged = torch.cat([weight.data for weight in weights])
+                for weight, part in zip(weights, merged.split([weight.shape[0] for weight in weights])):
+                    weight.data = part
 
 
 def rms_norm(
@@ -82,7 +147,7 @@ def rms_norm(
     Returns:
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
-    if _is_fused("RMSNorm", hidden_states):
+    if _are_plain(hidden_states, weight) and _is_fused("RMSNorm", hidden_states):
         return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual)
     if residual is not None:
         hidden_states = residual + hidden_states
@@ -93,14 +158,14 @@ def rms_norm(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of `[B, T, C]`."""
-    if _is_fused("SwiGLU", gate):
+    if gate.dtype == up.dtype and _are_plain(gate, up) and _is_fused("SwiGLU", gate):
         return based_kernels.swiglu(gate, up)
     return nn.functional.silu(gate) * up
 
 
 def can_step_fused(x: torch.Tensor) -> bool:
     """Whether `gated_short_conv_step` is to be used for `x` `[B, 1, C]`, in place of the convolution for any length."""
-    return x.shape[1] == 1 and _is_fused("the gated short convolution", x)
+    return x.shape[1] == 1 and _is_step_fused("the gated short convolution", x)
 
 
 def gated_short_conv_step(
@@ -149,7 +214,7 @@ def sliding_attention_step(
 
     Source: arXiv 2402.18668, section 4.2; `based/models/mixers/slide_attention.py` of the original code.
     """
-    if _is_fused("sliding-window attention", value):
+    if _is_step_fused("sliding-window attention", value):
         return based_kernels.sliding_attention_step(
             query, key, value, cos, sin, keys, values, seen, scale=scale, mask=mask
         )
