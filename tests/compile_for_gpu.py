@@ -63,6 +63,7 @@ def main():
     knobs.runtime.jit_post_compile_hook = compiled
     from based_kernels import (
         checks,
+        gated_short_conv,
         gated_short_conv_step,
         rms_norm,
         sliding_attention_step,
@@ -94,7 +95,14 @@ def main():
     taylor_attention_step(*token, state[:1].detach().clone(), mask=mask)
     for K in (2, 8):
         projected, weight = torch.zeros(1, 1, 48, dtype=DTYPE), torch.zeros(24, K, dtype=DTYPE)
-        gated_short_conv_step(projected, weight, torch.zeros(1, K - 1, 24, dtype=DTYPE), mask=mask)
+        inputs = torch.zeros(1, K - 1, 24, dtype=DTYPE)
+        gated_short_conv_step(projected, weight, inputs, mask=mask)
+        leaves = [x.clone().requires_grad_() for x in (projected, weight, inputs)]
+        output, _ = gated_short_conv(*leaves[:2])
+        torch.autograd.grad(output.sum(), leaves[:2])
+        options = {"state": leaves[2], "mask": mask, "document_ids": mask.int(), "output_final_state": True}
+        output, final = gated_short_conv(*leaves[:2], **options)
+        torch.autograd.grad(output.sum() + final.sum(), leaves)
     angles = torch.zeros(1, 1, HEAD_DIM)
     for W in (5, 65):
         ring, count = torch.zeros(2, 1, 1, W, HEAD_DIM, dtype=DTYPE), torch.zeros(1, 1, dtype=torch.int64)

@@ -4,6 +4,9 @@
 Plain PyTorch is the model's own convolution, token by token. Without a GPU the kernel runs in Triton's interpreter.
 """
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -47,7 +50,7 @@ def oracle(projected, weight, state):
 def plain(projected, weight, state):
     conv = BasedGatedConv1d(*weight.shape).to(DEVICE, weight.dtype)
     outputs = []
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.dict(os.environ, TRANSFORMERS_BASED_BACKEND="torch"):
         conv.weight.copy_(weight[:, None])
         for token in projected.split(1, 1):
             output, state = conv(token, state)

@@ -662,7 +662,6 @@ def test_compiles_for_a_gpu_without_one(capability, D, V, dtype):
     names = {f"taylor_attention_{name}_kernel" for name in ("sum", "slope", "partial")}
     names |= {f"_taylor_attention_{name}_kernel" for name in ("step", "lazy_step")}
     names |= {f"_{op}_step_kernel" for op in ("gated_short_conv", "sliding_attention")}
-    names |= {f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("fwd", "bwd")} | {
-        "_rms_norm_sum_kernel"
-    }
+    names |= {f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("fwd", "bwd")}
+    names |= {"_rms_norm_sum_kernel"} | {f"_gated_short_conv_{way}_kernel" for way in ("fwd", "bwd", "weight")}
     assert names < {name for name, _ in kernels}

@@ -50,7 +50,10 @@ from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_g
 from .integrations_based import register_integrations
 from .ops import (
     at_least_fp32,
+    can_convolve_fused,
     can_step_fused,
+    conv_places,
+    gated_short_conv,
     gated_short_conv_step,
     lay_side_by_side,
     project,
@@ -162,7 +165,9 @@ class BasedGatedConv1d(nn.Conv1d):
         state: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        places: torch.Tensor | None = None,
+        output_final_state: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             projected: `[B, T, 2C]`, the inputs and their gate side by side.
@@ -170,14 +175,27 @@ class BasedGatedConv1d(nn.Conv1d):
                 place.
             mask: `[B, T]`, bool. A token with False does not exist: its neighbours touch.
             document_ids: `[B, T]`; a tap never reaches into another document.
+            places: what `conv_places` makes of the mask.
+            output_final_state: whether the next state is needed.
 
         Returns:
-            The output `[B, T, C]`, anything where the mask is False, and the next state.
+            The output `[B, T, C]`, anything where the mask is False, and the next state if it is needed.
         """
-        if state is not None and can_step_fused(projected):
+        kernel_size = self.kernel_size[0]
+        if state is not None and can_step_fused(projected, kernel_size, self.weight):
             return gated_short_conv_step(projected, self.weight.squeeze(1), state, mask), state
+        if can_convolve_fused(projected, kernel_size, self.weight):
+            return gated_short_conv(
+                projected,
+                self.weight.squeeze(1),
+                state=state,
+                mask=mask,
+                places=places,
+                document_ids=document_ids,
+                output_final_state=output_final_state,
+            )
         inputs, gate = projected.chunk(2, dim=-1)
-        length, past = inputs.shape[1], self.kernel_size[0] - 1
+        length, past = inputs.shape[1], kernel_size - 1
         inputs, order = _behind_state(past, state, inputs, mask)
         next_state = inputs[:, length:]
         if document_ids is not None:
@@ -236,6 +254,7 @@ class BasedShortConv(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
+        conv_places: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         projected = self.in_proj(hidden_states)
@@ -249,7 +268,12 @@ class BasedShortConv(nn.Module):
             state = layer.read(batch, past, channels)
             layer.count(length)
         output, next_state = self.conv(
-            projected, state, mask=attention_mask, document_ids=documents.ids if documents is not None else None
+            projected,
+            state,
+            mask=attention_mask,
+            document_ids=documents.ids if documents is not None else None,
+            places=conv_places,
+            output_final_state=layer is not None,
         )
         if layer is not None and next_state is not state:
             layer.update_recurrent_state(next_state)
@@ -470,7 +494,7 @@ def _make_masks(
 
     Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, or
     the mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together,
-    behind the padding; `None` if they are.
+    behind the padding; `None` if they are. Under "conv_places": see `conv_places` of ops.py.
     """
     batch, length = inputs_embeds.shape[:2]
     layer = None
@@ -486,6 +510,8 @@ def _make_masks(
     if tokens is not None and looks and tokens.all():
         tokens = None
     masks = {"conv": tokens, "linear_attention": tokens, "key_order": None}
+    if "conv" in config.layer_types and (length > 1 or torch.is_grad_enabled()):
+        masks["conv_places"] = conv_places(tokens, inputs_embeds, config.conv_kernel_size)
     if "sliding_attention" not in config.layer_types:
         return masks
 
@@ -992,6 +1018,7 @@ class BasedModel(BasedPreTrainedModel):
                 past_key_values=past_key_values,
                 documents=documents,
                 key_order=masks.get("key_order"),
+                conv_places=masks.get("conv_places"),
                 exists=masks["conv"],
                 **kwargs,
             )

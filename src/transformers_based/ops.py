@@ -4,6 +4,7 @@
     project                  [x W_1, x W_2, ...]
     rms_norm                 x = hidden_states + residual;  weight * x / sqrt(mean(x^2) + eps)
     swiglu                   silu(gate) * up
+    gated_short_conv         silu(conv(u)) * g                                                   of [B, T, C]
     gated_short_conv_step    state := [state, u][1:];  silu(sum_k weight_k state_k) * g          of [B, 1, C]
     sliding_attention_step   softmax attention of one rotated token [B, 1, H, D] to the ring of its window
 
@@ -163,9 +164,67 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
 
-def can_step_fused(x: torch.Tensor) -> bool:
+_CONV = "the gated short convolution"
+
+
+def _has_conv_kernel(kernel_size: int) -> bool:
+    return 2 <= kernel_size <= 8
+
+
+def can_step_fused(x: torch.Tensor, kernel_size: int, *weights: torch.Tensor) -> bool:
     """Whether `gated_short_conv_step` is to be used for `x` `[B, 1, C]`, in place of the convolution for any length."""
-    return x.shape[1] == 1 and _is_step_fused("the gated short convolution", x)
+    fits = x.shape[1] == 1 and _has_conv_kernel(kernel_size) and _are_plain(x, *weights)
+    return fits and _is_step_fused(_CONV, x)
+
+
+def can_convolve_fused(x: torch.Tensor, kernel_size: int, *weights: torch.Tensor) -> bool:
+    """Whether `gated_short_conv` is to be used for `x` `[B, T, C]`, in place of plain PyTorch."""
+    return _has_conv_kernel(kernel_size) and _are_plain(x, *weights) and _is_fused(_CONV, x)
+
+
+def conv_places(mask: torch.Tensor | None, like: torch.Tensor, kernel_size: int) -> torch.Tensor | None:
+    """
+    What `gated_short_conv` needs to know of a mask `[B, T]`, made once for all layers of a model; `None` where it does
+    not run. `like` has the dtype and the device of the model.
+    """
+    if mask is None or not can_convolve_fused(like, kernel_size):
+        return None
+    return based_kernels.conv_places(mask, kernel_size)
+
+
+def gated_short_conv(
+    projected: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    state: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The gated short convolution, fused; its plain form is `BasedGatedConv1d` of modeling_based.py.
+
+    Args:
+        projected: `[B, T, 2C]`, the input u and the gate g side by side.
+        weight: `[C, K]`.
+        state: `[B, K - 1, C]`, the last inputs before these, oldest first.
+        mask: `[B, T]`; a token with 0 does not exist: its neighbours touch, and its output is 0.
+        places: what `conv_places` makes of the mask.
+        document_ids: `[B, T]`; a tap never reaches into another document.
+
+    Returns:
+        `[B, T, C]` and the next state `[B, K - 1, C]` or `None`, in the dtype of `projected`.
+    """
+    return based_kernels.gated_short_conv(
+        projected,
+        weight,
+        state=None if state is None else state.to(projected.dtype),
+        mask=mask,
+        places=places,
+        document_ids=document_ids,
+        output_final_state=output_final_state,
+    )
 
 
 def gated_short_conv_step(

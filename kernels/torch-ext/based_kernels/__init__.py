@@ -1,10 +1,12 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Triton kernels of Based: Taylor linear attention for whole sequences, and a decoding step of every mixer.
+"""Triton kernels of Based: Taylor linear attention and the gated short convolution for whole sequences, and
+a decoding step of every mixer.
 
 Importing works everywhere; on a machine without Triton the ops raise an ImportError when they are called.
 """
 
 try:
+    from .gated_short_conv import conv_places, gated_short_conv
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
     from .rms_norm import rms_norm
@@ -29,6 +31,8 @@ except ImportError as error:
         op.__name__ = op.__qualname__ = name
         return op
 
+    conv_places = _unavailable("conv_places")
+    gated_short_conv = _unavailable("gated_short_conv")
     gated_short_conv_step = _unavailable("gated_short_conv_step")
     rms_norm = _unavailable("rms_norm")
     sliding_attention_step = _unavailable("sliding_attention_step")
@@ -46,6 +50,8 @@ def is_available() -> bool:
 
 __all__ = [
     "TaylorAttention",
+    "conv_places",
+    "gated_short_conv",
     "gated_short_conv_step",
     "is_available",
     "rms_norm",

@@ -117,18 +117,9 @@ def check_step_inputs(query, key, value, state, scale, mask):
 def check_conv_step_inputs(projected, weight, state, mask):
     """Raises on what `gated_short_conv_step` cannot take."""
     _refuse_gradients(projected=projected, weight=weight, state=state)
-    _check_floats("projected", projected)
-    _check_runs_here("projected", projected)
-    if projected.dim() != 3 or projected.shape[2] % 2 or 0 in projected.shape:
-        raise ValueError(f"projected: got shape {tuple(projected.shape)}, [batch, 1, 2 * channels] fits")
-    B, T, C = projected.shape[0], projected.shape[1], projected.shape[2] // 2
+    B, T, C = _check_conv_weight(projected, weight, 1)
     if T != 1:
         raise ValueError(f"projected: got {T} tokens, a step takes exactly 1")
-    _check_floats("weight", weight)
-    if weight.dim() != 2 or weight.shape[0] != C or weight.shape[1] not in CONV_KERNELS:
-        sizes = f"K from {CONV_KERNELS[0]} to {CONV_KERNELS[-1]}"
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, [{C}, K] with {sizes} fits")
-    _check_device("weight", weight, projected, "projected")
     _check_in_place("state", state, projected, "projected", (B, weight.shape[1] - 1, C))
     if state.stride(2) != 1:
         raise ValueError(
@@ -136,6 +127,43 @@ def check_conv_step_inputs(projected, weight, state, mask):
         )
     if mask is not None:
         _check_mask(mask, projected, (B, 1), "projected")
+
+
+def check_conv_inputs(projected, weight, state, mask, places, document_ids):
+    """Raises on what `gated_short_conv` cannot take."""
+    B, T, C = _check_conv_weight(projected, weight, "time")
+    past = weight.shape[1] - 1
+    if state is not None:
+        _check_floats("state", state, (projected.dtype,))
+        if tuple(state.shape) != (B, past, C):
+            raise ValueError(f"state: got shape {tuple(state.shape)}, {[B, past, C]} fits")
+        _check_device("state", state, projected, "projected")
+    if mask is not None:
+        _check_mask(mask, projected, (B, T), "projected")
+    for name, x, dtypes, shape in (
+        ("places", places, (torch.int32,), (B, past + T)),
+        ("document_ids", document_ids, (torch.int32, torch.int64), (B, T)),
+    ):
+        if x is not None:
+            _check_floats(name, x, dtypes)
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}, {list(shape)} fits")
+            _check_device(name, x, projected, "projected")
+
+
+def _check_conv_weight(projected, weight, length):
+    """-> B, T, C."""
+    _check_floats("projected", projected)
+    _check_runs_here("projected", projected)
+    if projected.dim() != 3 or projected.shape[2] % 2 or 0 in projected.shape:
+        raise ValueError(f"projected: got shape {tuple(projected.shape)}, [batch, {length}, 2 * channels] fits")
+    B, T, C = projected.shape[0], projected.shape[1], projected.shape[2] // 2
+    _check_floats("weight", weight)
+    if weight.dim() != 2 or weight.shape[0] != C or weight.shape[1] not in CONV_KERNELS:
+        sizes = f"K from {CONV_KERNELS[0]} to {CONV_KERNELS[-1]}"
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, [{C}, K] with {sizes} fits")
+    _check_device("weight", weight, projected, "projected")
+    return B, T, C
 
 
 def check_sliding_step_inputs(query, key, value, cos, sin, keys, values, count, scale, mask):
