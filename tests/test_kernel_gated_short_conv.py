@@ -511,7 +511,7 @@ def test_gpu_waits_for_nothing():
 
 @on_gpu
 def test_gpu_memory():
-    """Beside output and gradients, next to nothing."""
+    """Beside output and gradients, the shares of the weight's gradient: 7 percent."""
     inputs = make(4, 4096, C, K, torch.bfloat16, state=False)
     projected, weight = inputs["projected"], inputs["weight"]
     gradient = torch.ones(4, 4096, C, dtype=torch.bfloat16, device=DEVICE)
@@ -521,4 +521,4 @@ def test_gpu_memory():
     output, _ = gated_short_conv(projected, weight)
     torch.autograd.grad(output, (projected, weight), gradient)
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 1.05 * (output.nbytes + projected.nbytes)
+    assert extra <= 1.1 * (output.nbytes + projected.nbytes)

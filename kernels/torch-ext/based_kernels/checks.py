@@ -159,7 +159,7 @@ def _check_conv_weight(projected, weight, length):
         raise ValueError(f"projected: got shape {tuple(projected.shape)}, [batch, {length}, 2 * channels] fits")
     B, T, C = projected.shape[0], projected.shape[1], projected.shape[2] // 2
     _check_floats("weight", weight)
-    if weight.dim() != 2 or weight.shape[0] != C or weight.shape[1] not in CONV_KERNELS:
+    if weight.dim() != 2 or weight.shape[0] != C or not CONV_KERNELS[0] <= weight.shape[1] <= CONV_KERNELS[-1]:
         sizes = f"K from {CONV_KERNELS[0]} to {CONV_KERNELS[-1]}"
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, [{C}, K] with {sizes} fits")
     _check_device("weight", weight, projected, "projected")
