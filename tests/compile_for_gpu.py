@@ -15,9 +15,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from based_kernels import launch as taylor_launch
+
 
 CAPABILITY, FEATURE_DIM, HEAD_DIM = (int(argument) for argument in sys.argv[1:4])
 DTYPE = getattr(torch, sys.argv[4])
+# Grid and arguments, constants included, of each launch.
+LAUNCHES = []
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448}
 
 
@@ -48,14 +52,43 @@ class NoGpu:
         def __init__(self, *args):
             pass
 
-        def __call__(self, *args, **kwargs):
-            pass
+        def __call__(self, grid_x, grid_y, grid_z, stream, function, metadata, launched, enter, exit, *args):
+            LAUNCHES.append(((grid_x, grid_y, grid_z), args))
 
 
 def compiled(key=None, repr=None, fn=None, compile=None, is_manual_warmup=None, already_compiled=None, **more):
     kernel = fn.jit_function.device_caches[0][0][key]
     is_async = "warp_group_dot" in kernel.asm["ttgir"]
     print(fn.name.rpartition(".")[2], "async" if is_async else "sync", flush=True)
+
+
+def assert_same_launches(call):
+    """A second call goes to the compiled kernels by itself: addresses for tensors, and all else as Triton passed it."""
+    call()
+    LAUNCHES.clear()
+    taylor_launch._compiled.clear()
+    call()
+    through_triton, kept = list(LAUNCHES), len(taylor_launch._compiled)
+    LAUNCHES.clear()
+    call()
+    assert kept == len(taylor_launch._compiled) > 0
+    assert len(LAUNCHES) == len(through_triton)
+    tensors = 0
+    for (grid, args), (grid_before, before) in zip(LAUNCHES, through_triton):
+        assert grid == grid_before
+        assert len(args) == len(before)
+        tensors += sum(isinstance(x, torch.Tensor) for x in args)
+        for x, y in zip(args, before):
+            if is_pointer(y):
+                assert is_pointer(x)
+            else:
+                assert x == y
+    # but for the table of cuts, which is launched as usual
+    assert tensors <= 4, "the second call went through Triton"
+
+
+def is_pointer(x):
+    return isinstance(x, torch.Tensor) or (isinstance(x, int) and x > 2**32 and x % 16 == 0)
 
 
 def main():
@@ -87,9 +120,13 @@ def main():
         {},
         {"mask": torch.ones(1, 77), "cu_seqlens": cu_seqlens, "initial_state": state, "output_final_state": True},
     ):
-        output, final = taylor_attention(query, key, value, **options)
-        total = output.float().sum() + (final.sum() if final is not None else 0)
-        torch.autograd.grad(total, [query, key, value] + [state] * bool(options))
+
+        def forward_and_backward(options=options):
+            output, final = taylor_attention(query, key, value, **options)
+            total = output.float().sum() + (final.sum() if final is not None else 0)
+            torch.autograd.grad(total, [query, key, value] + [state] * bool(options))
+
+        assert_same_launches(forward_and_backward)
     token = [x[:, :1].detach() for x in (query, key, value)]
     mask = torch.ones(1, 1, dtype=torch.bool)
     taylor_attention_step(*token, state[:1].detach().clone(), mask=mask)

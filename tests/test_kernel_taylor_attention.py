@@ -23,6 +23,8 @@ from based_kernels import taylor_attention, taylor_attention_step
 
 GPU = torch.cuda.is_available()
 chunk_module = sys.modules["based_kernels.taylor_attention_chunk"]
+launch_module = sys.modules["based_kernels.launch"]
+segments_module = sys.modules["based_kernels.segments"]
 
 DEVICE = "cuda" if GPU else "cpu"
 # relative to the root mean square of the oracle, on top of what plain PyTorch does in the same dtype
@@ -421,6 +423,85 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch):
     q, k, v, _ = make(1, 2, 1, 8, 8, torch.float32)
     with pytest.raises(ValueError, match="^query: got a tensor on the CPU"):
         taylor_attention(q, k, v)
+
+
+class Recorder:
+    """Stands for a kernel of Triton and for what it compiled: says who launched it, and with what."""
+
+    arg_names = ("p_x", "p_y", "N", "SIZE", "FLAG")
+
+    def __init__(self):
+        self.fn = lambda: None
+        self.calls = []
+        self.compiled = self.Compiled(self.calls)
+
+    def __getitem__(self, grid):
+        def call(*args, **constants):
+            self.calls.append(("triton", grid, args, constants))
+            return self.compiled
+
+        return call
+
+    class Compiled:
+        def __init__(self, calls):
+            self.calls = calls
+
+        def __getitem__(self, grid):
+            return lambda *args: self.calls.append(("compiled", grid, args, {}))
+
+
+def test_launch_goes_to_the_compiled_kernel_only_with_arguments_that_fit_it():
+    kernel, (x, y) = Recorder(), torch.zeros(2, 64, device=DEVICE)
+    constants = {"num_warps": 4, "FLAG": True, "SIZE": 7}
+
+    def launched(key, x, number, flag=True):
+        kernel.calls.clear()
+        launch_module.launch(kernel, key, 3, (x, y), (number,), lambda: {**constants, "FLAG": flag})
+        ((who, grid, args, given),) = kernel.calls
+        assert grid[0] == 3
+        if who == "triton":
+            assert args == (x, y, number)
+            assert given == {**constants, "FLAG": flag}
+        else:
+            assert args == (x.data_ptr(), y.data_ptr(), number, 7, flag)
+        return who
+
+    # what does not fit is not kept either
+    assert launched("a", x[1:], 5) == "triton"
+    assert launched("a", x, 2**31) == "triton"
+    assert launched("a", x, 5) == "triton"
+    assert launched("a", x, 5) == "compiled"
+    assert launched("a", x[4:], 6) == "compiled"
+    assert launched("a", x[1:], 5) == "triton"
+    assert launched("a", x, 2**31) == "triton"
+    assert launched("b", x, 5, flag=False) == "triton"
+    assert launched("b", x, 5, flag=False) == "compiled"
+    assert launched("a", x, 5) == "compiled"
+
+
+def test_second_derivative_is_refused():
+    q, k, v, _ = make(1, 3, 1, 8, 8, torch.float32)
+    output, _ = taylor_attention(q, k, v)
+    with pytest.raises(RuntimeError, match=r"^taylor_attention: got create_graph=True, a first derivative fits"):
+        torch.autograd.grad(output.sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("lengths", [[100], [32, 33, 1, 64, 0, 31], [1] * 300 + [65, 7, 99]])
+def test_table_of_cuts(lengths):
+    """Against the same table made document by document."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    segments = segments_module.cut(1, int(bounds[-1]), bounds.int().to(DEVICE), 32)
+    table = segments_module.cut_table(segments, bounds.int().to(DEVICE)).tolist()
+    first, slot, count, document, slots = [], [], [], [], 0
+    for n, length in enumerate(lengths):
+        count.append(max(-(-length // 32), 1))
+        first.append(len(document))
+        slot.append(slots if count[-1] > 1 else -1)
+        slots += count[-1] if count[-1] > 1 else 0
+        document += [n] * count[-1]
+    assert len(document) <= segments.programs
+    assert slots <= segments.slots
+    assert table == first + slot + count + document + [len(lengths)] * (segments.programs - len(document))
 
 
 def test_import_without_triton():
