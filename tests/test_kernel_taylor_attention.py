@@ -224,7 +224,10 @@ def test_split_over_the_sequence(monkeypatch, with_state):
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-4)
 
 
-def test_split_without_states(monkeypatch):
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_split_without_states(monkeypatch, tokens):
+    """The kernel of partial sums takes so many tokens at once."""
+    monkeypatch.setattr(chunk_module, "_PARTIAL_BLOCK_C", tokens)
     segments_of(monkeypatch, 64)
     compare(*make(1, 130, 2, 8, 8, torch.bfloat16), with_state=False)
 

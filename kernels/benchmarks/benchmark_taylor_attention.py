@@ -5,6 +5,8 @@
 
 Peers, all in the same run: plain PyTorch in chunks (quadratic inside a chunk, the same features between), causal softmax
 attention by SDPA with heads of V, and, where flash-linear-attention is installed, its Based kernels with the normaliser on.
+Each is timed twice: the wall time of a call, launches from Python included, and the time of its kernels alone, from the
+profiler; what lies between is the host. Peak memory is that of forward and backward beside the inputs.
 Limits: a device copy, counting bytes read and written, and a bf16 matrix product, both measured here.
 """
 
@@ -104,11 +106,23 @@ def verify(name, op):
     return errors
 
 
+def kernel_ms(call, calls=10):
+    """What the GPU works for a call, whatever the host does between its kernels."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / calls / 1e3
+
+
 def measure(op, q, k, v, g, quick):
-    with torch.no_grad():
-        forward = do_bench(
-            lambda: op(q, k, v), warmup=10 if quick else 25, rep=40 if quick else 100, return_mode="median"
-        )
+    """-> milliseconds and bytes by name."""
+
+    def forward():
+        with torch.no_grad():
+            op(q, k, v)
 
     def both():
         torch.autograd.grad(op(q, k, v), (q, k, v), g)
@@ -119,7 +133,14 @@ def measure(op, q, k, v, g, quick):
     before = torch.cuda.memory_allocated()
     both()
     peak = torch.cuda.max_memory_allocated() - before
-    return forward, do_bench(both, warmup=10 if quick else 25, rep=60 if quick else 150, return_mode="median"), peak
+    rep = 40 if quick else 100
+    return {
+        "forward_ms": do_bench(forward, warmup=10, rep=rep, return_mode="median"),
+        "forward_kernels_ms": kernel_ms(forward),
+        "both_ms": do_bench(both, warmup=10, rep=1.5 * rep, return_mode="median"),
+        "both_kernels_ms": kernel_ms(both),
+        "peak_bytes": peak,
+    }
 
 
 def ceilings():
@@ -174,14 +195,13 @@ def main():
             else:
                 q, k, v = draw(B, T, V)
             try:
-                forward, both, peak = measure(op, q, k, v, torch.randn_like(v), name != "ours")
+                row = measure(op, q, k, v, torch.randn_like(v), name != "ours")
             except Exception as error:
                 print(name, (B, T, V), "failed:", repr(error)[:200], flush=True)
                 continue
-            rows.append(
-                {"name": name, "B": B, "T": T, "V": V, "forward_ms": forward, "both_ms": both, "peak_bytes": peak}
-            )
+            rows.append({"name": name, "B": B, "T": T, "V": V, **row})
             if name == "ours":
+                forward, both = row["forward_ms"], row["both_ms"]
                 rows[0]["forward_TFLOP_s"] = forward_flops / forward / 1e9
                 rows[0]["forward_fraction_of_bytes"] = forward_bytes / copy / 1e9 / forward
                 rows[0]["forward_fraction_of_product"] = forward_flops / product / 1e9 / forward
@@ -196,7 +216,9 @@ def main():
                 )
             print(
                 f"  {row['name']:16s} forward {row['forward_ms']:8.3f} ms {row['forward_ms'] / rows[0]['forward_ms']:6.2f}x"
+                f" (kernels {row['forward_kernels_ms']:8.3f})"
                 f"   and backward {row['both_ms']:8.3f} ms {row['both_ms'] / rows[0]['both_ms']:6.2f}x"
+                f" (kernels {row['both_kernels_ms']:8.3f})"
                 f"   {row['peak_bytes'] / 2**20:7.0f} MiB{more}",
                 flush=True,
             )
@@ -226,12 +248,17 @@ def table(result, path):
     lines += ["| B, T, V | pass | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for size in dict.fromkeys((row["B"], row["T"], row["V"]) for row in result["sequences"]):
         cells = {row["name"]: row for row in result["sequences"] if (row["B"], row["T"], row["V"]) == size}
-        for label, key in (("forward", "forward_ms"), ("and backward", "both_ms")):
-            values = [f"{cells[name][key]:.3f}" if name in cells else "-" for name in names]
+        for label, key in (("forward", "forward"), ("and backward", "both")):
+            values = [
+                f"{cells[name][f'{key}_ms']:.3f} ({cells[name][f'{key}_kernels_ms']:.3f})" if name in cells else "-"
+                for name in names
+            ]
             lines.append(f"| {', '.join(map(str, size))} | {label} | " + " | ".join(values) + " |")
+        values = [f"{cells[name]['peak_bytes'] / 2**20:.0f}" if name in cells else "-" for name in names]
+        lines.append(f"| {', '.join(map(str, size))} | peak MiB | " + " | ".join(values) + " |")
     lines += [
         "",
-        "Milliseconds, medians, bf16, 16 heads, D = 16.",
+        "Milliseconds, medians, bf16, 16 heads, D = 16; in brackets the kernels alone, means of the profiler.",
         "",
         "| step: B, V | ms | TB/s | of the copy |",
         "|---|---|---|---|",
