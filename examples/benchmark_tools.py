@@ -156,8 +156,8 @@ def timed(
 
 def trace(call: Callable[[], object], device: torch.device, operators: bool = True) -> list[dict]:
     """
-    The events of a call, as the profiler writes them for chrome://tracing; times in microseconds. Kernels alone, without
-    the `operators` that launch them, are had sooner.
+    The events of a call, as the profiler writes them for chrome://tracing; times in microseconds. Kernels alone,
+    without the `operators` that launch them, are had sooner.
     """
     wanted = {ProfilerActivity.CPU: operators, ProfilerActivity.CUDA: device.type == "cuda"}
     with profile(activities=[activity for activity, is_wanted in wanted.items() if is_wanted]) as profiler:
