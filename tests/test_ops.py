@@ -1,0 +1,248 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""What the model does beside Taylor attention, in training: fused or merged, it is what PyTorch computes in fp64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from transformers_based import backend, modeling_based, ops
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """What is for GPUs happens on the CPU too: kernels, if Triton is there, in its interpreter."""
+    monkeypatch.setattr(backend, "INTERPRETS_ALL", True)
+
+
+def make_projections(dtype=torch.float32, sizes=(8, 8, 24)):
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.shares_input = tuple(f"proj_{i}" for i in range(len(sizes)))
+    for name, size in zip(holder.shares_input, sizes):
+        setattr(holder, name, nn.Linear(16, size, bias=False, dtype=dtype))
+    return holder, [getattr(holder, name) for name in holder.shares_input]
+
+
+def gradients_of(outputs, x, projections, d_outputs):
+    inputs = [y for y in (x, *(projection.weight for projection in projections)) if y.requires_grad]
+    return torch.autograd.grad(outputs, inputs, d_outputs)
+
+
+def cases():
+    """Weights side by side or not, the gradients of the outputs too."""
+    return pytest.mark.parametrize(("laid", "together"), [(False, False), (True, False), (True, True), (False, True)])
+
+
+@cases()
+@pytest.mark.parametrize("shape", [(2, 5, 16), (1, 1, 16), (3, 16)])
+def test_projections(everywhere, laid, together, shape):
+    holder, projections = make_projections()
+    if laid:
+        ops.lay_side_by_side(holder)
+    x = torch.randn(shape, requires_grad=True)
+    d_outputs = torch.randn(*shape[:-1], 40).split((8, 8, 24), -1)
+    d_outputs = d_outputs if together else [d.clone() for d in d_outputs]
+    exact, exact_x = copy.deepcopy(holder).double(), x.detach().double().requires_grad_()
+    exact = [getattr(exact, name) for name in holder.shares_input]
+    want = tuple(projection(exact_x) for projection in exact)
+    outputs = ops.project(x, *projections)
+    assert all(type(y.grad_fn).__name__ == "_ProjectionsBackward" for y in outputs)
+    is_one = outputs[0].untyped_storage().data_ptr() == outputs[1].untyped_storage().data_ptr()
+    assert is_one == laid
+    got_d = gradients_of(outputs, x, projections, d_outputs)
+    want_d = gradients_of(want, exact_x, exact, [d.double() for d in d_outputs])
+    for a, b in zip((*outputs, *got_d), (*want, *want_d), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@cases()
+def test_projections_of_which_some_are_frozen(everywhere, laid, together):
+    holder, projections = make_projections()
+    if laid:
+        ops.lay_side_by_side(holder)
+    x = torch.randn(3, 16, requires_grad=True)
+    d_outputs = torch.randn(3, 40).split((8, 8, 24), -1)
+    d_outputs = d_outputs if together else [d.clone() for d in d_outputs]
+    want = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
+    projections[1].weight.requires_grad_(False)
+    got = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
+    torch.testing.assert_close(got, (*want[:2], want[3]))
+    # the inputs of the first layer over frozen embeddings
+    outputs = ops.project(x.detach(), *projections)
+    torch.testing.assert_close(gradients_of(outputs, x.detach(), projections, d_outputs), (want[1], want[3]))
+
+
+def test_projections_twice_differentiable(everywhere):
+    """These are no kernels: gradients of gradients are those of plain PyTorch."""
+    torch.manual_seed(0)
+    x, *weights = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (2, 1, 4))
+    assert torch.autograd.gradgradcheck(ops._Projections.apply, (x, *weights))
+
+
+@pytest.mark.parametrize("why", ["adapter", "bias", "hook", "backward hook", "autocast", "torch", "CPU", "no gradient"])
+def test_projections_that_stay_plain(monkeypatch, why):
+    monkeypatch.setattr(backend, "INTERPRETS_ALL", why != "CPU")
+    holder, projections = make_projections()
+    ops.lay_side_by_side(holder)
+    calls = []
+    if why == "adapter":
+        projections[0] = nn.Sequential(projections[0])
+    elif why == "bias":
+        projections[0].bias = nn.Parameter(torch.ones(8))
+    elif why == "hook":
+        projections[0].register_forward_hook(lambda *x: calls.append("hook"))
+    elif why == "backward hook":
+        projections[0].register_full_backward_hook(lambda *x: calls.append("hook"))
+    elif why == "torch":
+        monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    x = torch.randn(2, 16, requires_grad=True)
+    want = [projection(x) for projection in projections]
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"), torch.set_grad_enabled(why != "no gradient"):
+        outputs = ops.project(x, *projections)
+        assert all(type(y.grad_fn).__name__ != "_ProjectionsBackward" for y in outputs)
+    for a, b in zip(outputs, want):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2 if why == "autocast" else 1e-5, atol=2e-2)
+    if why == "backward hook":
+        outputs[0].sum().backward()
+    assert calls == ["hook"] * ("hook" in why)
+
+
+def test_weights_inside_of_something_larger_stay_there():
+    """ZeRO 1 and 2 and FSDP keep the weights as parts of a tensor of theirs, and change them there."""
+    holder, projections = make_projections()
+    flat = torch.cat([projection.weight.detach().flatten() for projection in projections[::-1]])
+    parts = flat.split([projection.weight.numel() for projection in projections[::-1]])[::-1]
+    for projection, part in zip(projections, parts):
+        projection.weight.data = part.view_as(projection.weight)
+    ops.lay_side_by_side(holder)
+    flat.zero_()
+    assert not any(projection.weight.any() for projection in projections)
+
+
+def loss_and_gradients(model, ids, **inputs):
+    model.zero_grad(set_to_none=True)
+    output = model(ids, labels=ids, use_cache=False, **inputs)
+    output.loss.backward()
+    return output.logits.detach(), {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def paddings(ids):
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return {"padded": {"attention_mask": mask}, "packed": {"seq_idx": (torch.arange(ids.shape[1]) // 3).expand(2, -1)}}
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        ("laid", "padded"),
+        ("laid", "packed"),
+        ("frozen", "packed"),
+        ("checkpointed", "padded"),
+        ("stream in bf16", "padded"),
+        ("autocast", "packed"),
+    ],
+)
+def test_a_training_step_with_every_kernel(monkeypatch, everywhere, tiny_model, use_backend, way, kind):
+    """In the interpreter: logits and the gradients of all parameters against plain PyTorch in fp64."""
+    half = way in ("stream in bf16", "autocast")
+    # Taylor attention takes the interpreter longest
+    first = "linear_attention" if (way, kind) == ("laid", "packed") else "conv"
+    model = tiny_model(residual_in_fp32=way != "stream in bf16", layer_types=[first, "sliding_attention"]).train()
+    model = model.bfloat16() if way == "stream in bf16" else model
+    ids = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(0))
+    inputs = paddings(ids)[kind]
+    exact = copy.deepcopy(model).double()
+    if way == "laid":
+        ops.lay_side_by_side(model)
+    if way == "frozen":
+        for name, parameter in (*model.named_parameters(), *exact.named_parameters()):
+            parameter.requires_grad_("norm" not in name and "up_proj" not in name)
+    if way == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    use_backend("torch")
+    logits, want = loss_and_gradients(exact, ids, **inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        plain_logits, plain = loss_and_gradients(model, ids, **inputs)
+    use_backend("triton")
+    seen = set()
+    for op in ("rms_norm", "swiglu"):
+        fused = getattr(backend.based_kernels, op)
+        monkeypatch.setattr(
+            backend.based_kernels, op, lambda *x, op=op, fused=fused, **more: seen.add(op) or fused(*x, **more)
+        )
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        got_logits, got = loss_and_gradients(model, ids, **inputs)
+    assert seen == {"rms_norm", "swiglu"}
+    exists = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    assert got.keys() == want.keys() == plain.keys()
+    pairs = {name: (got[name], plain[name], want[name]) for name in want}
+    pairs["logits"] = (got_logits[exists], plain_logits[exists], logits[exists])
+    # the interpreter cuts bf16 off where plain PyTorch rounds it
+    times, tolerance = (3, 2e-2) if half else (1, 2e-5)
+    for name, (ours, near, exact) in pairs.items():
+        scale = exact.square().mean().sqrt()
+        error, allowed = ((x.double() - exact).square().mean().sqrt() / scale for x in (ours, near))
+        assert error <= times * allowed + tolerance, name
+        assert times * allowed + tolerance < 0.5, name
+
+
+def test_sums_are_left_to_the_next_norm_unless_somebody_looks(tiny_model):
+    """With the same bits, whoever sees the layers sees the residual stream."""
+    model = tiny_model()
+    ids = torch.arange(1, 9)[None]
+
+    def kinds_between_layers(**options):
+        """What the layers return, seen without a hook; and the logits."""
+        kinds, forward = set(), modeling_based.BasedDecoderLayer.forward
+        with pytest.MonkeyPatch.context() as patch:
+
+            def spy(self, *args, **kwargs):
+                output = forward(self, *args, **kwargs)
+                kinds.add(type(output))
+                return output
+
+            patch.setattr(modeling_based.BasedDecoderLayer, "forward", spy)
+            return kinds, model(ids, **options)
+
+    kinds, plain = kinds_between_layers()
+    assert kinds == {tuple}
+    layer, norms = model.model.layers[2], (model.model.layers[1].input_layernorm, model.model.norm)
+    for module in (layer, *norms):
+        outputs = []
+        for register, hook in (
+            (module.register_forward_hook, lambda module, args, output, outputs=outputs: outputs.append(output)),
+            (module.register_forward_pre_hook, lambda module, args, outputs=outputs: outputs.append(args[0])),
+            (module.register_full_backward_hook, lambda *gradients: None),
+        ):
+            handle = register(hook)
+            kinds, output = kinds_between_layers()
+            handle.remove()
+            assert kinds == {torch.Tensor}
+            assert torch.equal(output.logits, plain.logits)
+        assert [type(x) for x in outputs] == [torch.Tensor] * 2
+    model.train().gradient_checkpointing_enable()
+    assert kinds_between_layers(use_cache=False)[0] == {torch.Tensor}
+    model.eval()
+    assert kinds_between_layers()[0] == {tuple}
+    kinds, output = kinds_between_layers(output_hidden_states=True)
+    assert kinds == {torch.Tensor}
+    assert torch.equal(output.logits, plain.logits)
+    # what each layer returns is what its successor, called by itself, goes on from
+    layer, stream = model.model.layers[3], output.hidden_states[3]
+    assert layer.layer_type == "conv"
+    norm = model.model.norm(layer(stream))
+    torch.testing.assert_close(norm, output.hidden_states[4], rtol=0, atol=0)
+
+
+def test_a_compiled_model_leaves_its_sums_too(tiny_model):
+    model = tiny_model(layer_types=["conv", "conv"])
+    ids = torch.arange(1, 9)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = compiled(ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(got, model.model(ids, use_cache=False).last_hidden_state)
