@@ -271,6 +271,9 @@ def test_gradients_of_any_strides():
     for change in (padded, swapped):
         got = gradients(fused_sum_and_norm, [change(x) for x in inputs], [change(x) for x in d_outputs])
         assert all(torch.equal(a, b) for a, b in zip(got, want))
+    for i in (0, 1):
+        mixed = [padded(x) if i == j else x for j, x in enumerate(d_outputs)]
+        assert all(torch.equal(a, b) for a, b in zip(gradients(fused_sum_and_norm, inputs, mixed), want))
     for size in ((1, 1, 1), (1, 1, 24), (3, 1, 24)):
         small = [x[tuple(slice(n) for n in size)] for x in d_outputs]
         expanded, copies = ([f(x.expand(3, 2, 24)) for x in small] for f in (lambda x: x, torch.clone))
