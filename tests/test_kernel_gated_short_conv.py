@@ -142,8 +142,7 @@ def compare(inputs, **options):
 
 def in_segments_of(monkeypatch, length):
     """Cut rows into segments of `length` inputs, as long rows are."""
-    monkeypatch.setattr(op_module, "_SHARE", 1)
-    monkeypatch.setattr(op_module, "_LONGEST_SEGMENT", length)
+    monkeypatch.setattr(op_module, "_segment_length", lambda *args: length)
 
 
 @pytest.fixture
@@ -427,6 +426,15 @@ def test_gpu_sizes(C, K):
         compare(make(2, 77, C, K, dtype, mask="gaps"))
 
 
+def test_segments_are_whole_blocks_and_leave_enough_programs():
+    for tokens in (1, 300, 2048, 32768, 131072):
+        for block_c, block_t in ((512, 8), (256, 4)):
+            length = op_module._segment_length(tokens * C // block_c, block_t)
+            assert length % block_t == 0
+            assert block_t <= length <= 256
+            assert length == block_t or tokens * C / (length * block_c) >= 4096
+
+
 @on_gpu
 def test_gpu_repeats_bit_by_bit():
     inputs = make(4, 2048, C, K, torch.bfloat16, mask="left")
@@ -455,8 +463,7 @@ def test_gpu_beyond_two_to_the_31_elements():
 
 
 @on_gpu
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_gpu_compiles_whole(dynamic):
+def test_gpu_compiles_whole():
     def call(projected, weight, state, mask, document_ids):
         output, final = gated_short_conv(
             projected * 1.5, weight, state=state, mask=mask, document_ids=document_ids, output_final_state=True
@@ -464,7 +471,7 @@ def test_gpu_compiles_whole(dynamic):
         return output, final
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(call, fullgraph=True)
     for T in (130, 131, 257):
         for options in ({}, {"mask": "gaps", "documents": True}):
             inputs = make(2, T, C, K, torch.bfloat16, **options)

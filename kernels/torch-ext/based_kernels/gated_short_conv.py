@@ -30,9 +30,9 @@ from .checks import check_conv_inputs, common_unit, device_guard
 _NOWHERE = tl.constexpr(-(2**31))
 _WARPS = 2
 _FORWARD_BLOCK_T, _BACKWARD_BLOCK_T = 8, 4
-# Values a program goes through, so that there are some 4,000 programs, in segments of at most so many inputs: what a
-# segment reads twice, and the sums it leaves behind, is then a few percent.
-_SHARE, _LONGEST_SEGMENT = 2**21, 128
+# Rows are cut into segments, of at most so many inputs, until there are so many programs: what a segment reads twice,
+# and the sums it leaves behind, is then a few percent.
+_PROGRAMS, _LONGEST_SEGMENT = 4096, 256
 # Of the sum over segments.
 _BLOCK_R, _SUM_BLOCK_C, _SUM_WARPS = 64, 32, 4
 
@@ -154,13 +154,11 @@ def _gated_short_conv_fwd_kernel(
             p_g = p_x + place.to(tl.int64) * stride_xt + C
             gates = gates + (tl.load(p_g + o_c, mask=o_c < tl.where(place >= 0, C, 0), other=0.0),)
         for t in tl.static_range(BLOCK_T):
-            # [BLOCK_C]
+            # [BLOCK_C]; 0 where there is no token, since there is no gate
             b_c = _convolve(weights, inputs, documents, t, K, HAS_IDS)
             b_o = b_c / (1.0 + tl.exp(-b_c)) * gates[t].to(tl.float32)
             place = places[K - 1 + t]
             i_t = tl.where(place >= 0, place, -K - place)
-            if HAS_PLACES:
-                b_o = tl.where(place >= 0, b_o, 0.0)
             m_t = o_c < tl.where((i_t >= 0) & (i_t < T), C, 0)
             tl.store(p_o + i_t.to(tl.int64) * C + o_c, b_o.to(p_o.dtype.element_ty), mask=m_t)
         earlier = ()
@@ -224,13 +222,11 @@ def _gated_short_conv_bwd_kernel(
     start = i_s * SEGMENT
     count = T + K - 1
     end = tl.minimum(start + SEGMENT, count)
-    # the gradient of an input needs the K - 1 tokens behind it
-    last = end
+    stop = end
     if NEED_X or NEED_S:
-        last = tl.minimum(end + K - 1, count)
+        # the gradient of an input needs the K - 1 tokens behind it
         stop = end + K - 1
-    else:
-        stop = end
+    last = tl.minimum(stop, count)
     weights = _load_weight(p_w, o_c, C, K)
     earlier = ()
     window = ()
@@ -258,18 +254,15 @@ def _gated_short_conv_bwd_kernel(
             gradients = gradients + (tl.load(p_do + i_t * stride_ot + o_c, mask=m_t, other=0.0),)
         slopes = slopes_window
         for t in tl.static_range(BLOCK_T):
-            # [BLOCK_C] each
+            # [BLOCK_C] each; 0 where there is no token, since there is no gate and no gradient
             b_c = _convolve(weights, inputs, documents, t, K, HAS_IDS)
             b_do = gradients[t].to(tl.float32)
             b_sigma = 1.0 / (1.0 + tl.exp(-b_c))
             b_dc = b_do * gates[t].to(tl.float32) * b_sigma * (1.0 + b_c * (1.0 - b_sigma))
             b_dg = b_do * b_c * b_sigma
-            place = places[K - 1 + t]
-            b_dc = tl.where(place >= 0, b_dc, 0.0)
             slopes = slopes + (b_dc,)
             if NEED_X:
-                if HAS_PLACES:
-                    b_dg = tl.where(place >= 0, b_dg, 0.0)
+                place = places[K - 1 + t]
                 i_t = tl.where(place >= 0, place, -K - place)
                 m_t = o_c < tl.where((i_t >= 0) & (i_t < T) & (n + t < end), C, 0)
                 tl.store(p_dx + i_t.to(tl.int64) * (2 * C) + C + o_c, b_dg.to(p_dx.dtype.element_ty), mask=m_t)
@@ -333,6 +326,11 @@ def _gated_short_conv_weight_kernel(
     tl.store(p_dw + o_c * K + i_j, tl.sum(b_sum, 0).to(p_dw.dtype.element_ty), mask=m_c)
 
 
+def _segment_length(blocks, block_t):
+    """Inputs of a segment, a multiple of block_t, where all tokens together have so many blocks of channels."""
+    return max(block_t, min(_LONGEST_SEGMENT, blocks // _PROGRAMS // block_t * block_t))
+
+
 class _Launch:
     """What forward and backward have in common."""
 
@@ -341,7 +339,7 @@ class _Launch:
         K = weight.shape[1]
         # values a lane: so many that they and the taps stay in registers
         block_c = 32 * _WARPS * (lane if K <= 4 else lane // 2)
-        self.segment = max(block_t, min(_LONGEST_SEGMENT, B * T * C // _SHARE // block_t * block_t))
+        self.segment = _segment_length(B * T * C // block_c, block_t)
         self.segments = -(-(T + K - 1) // self.segment)
         self.rows = B * self.segments
         self.grid = (self.rows * -(-C // block_c),)
