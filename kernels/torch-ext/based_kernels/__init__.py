@@ -10,6 +10,7 @@ try:
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
     from .rms_norm import rms_norm
+    from .sliding_attention import sliding_attention
     from .sliding_attention_step import sliding_attention_step
     from .swiglu import swiglu
     from .taylor_attention_chunk import taylor_attention
@@ -35,6 +36,7 @@ except ImportError as error:
     gated_short_conv = _unavailable("gated_short_conv")
     gated_short_conv_step = _unavailable("gated_short_conv_step")
     rms_norm = _unavailable("rms_norm")
+    sliding_attention = _unavailable("sliding_attention")
     sliding_attention_step = _unavailable("sliding_attention_step")
     swiglu = _unavailable("swiglu")
     taylor_attention = _unavailable("taylor_attention")
@@ -55,6 +57,7 @@ __all__ = [
     "gated_short_conv_step",
     "is_available",
     "rms_norm",
+    "sliding_attention",
     "sliding_attention_step",
     "swiglu",
     "taylor_attention",

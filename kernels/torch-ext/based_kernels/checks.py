@@ -11,6 +11,7 @@ import torch
 MAX_FEATURE_DIM = 32
 MAX_HEAD_DIM = 256
 MAX_WINDOW = 4096
+MAX_SLIDING_HEAD_DIM = 128
 MAX_NORM_DIM = 16384
 CONV_KERNELS = range(2, 9)
 PENDING_SIZES = (16, 32, 64)
@@ -210,6 +211,58 @@ def check_sliding_step_inputs(query, key, value, cos, sin, keys, values, count, 
     if mask is not None:
         _check_mask(mask, query, (B, 1))
     return _check_scale(scale, DH)
+
+
+def check_sliding_inputs(query, key, value, cos, sin, window, scale, mask, document_ids, past_keys, past_values):
+    """Raises on what `sliding_attention` cannot take; -> scale."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_floats(name, x)
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, [batch, time, heads, head_dim] fits")
+        _check_device(name, x, query)
+    _check_runs_here("query", query)
+    B, T, H, D = query.shape
+    if D % 8 or D > MAX_SLIDING_HEAD_DIM:
+        raise ValueError(f"query: got head_dim {D}, a multiple of 8 up to {MAX_SLIDING_HEAD_DIM} fits")
+    HKV = key.shape[2]
+    if key.shape != (B, T, HKV, D) or H % HKV:
+        raise ValueError(f"key: got shape {tuple(key.shape)}, [{B}, {T}, a divisor of {H}, {D}] fits")
+    if value.shape != key.shape:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, the shape of key fits: {tuple(key.shape)}")
+    for name, x in (("cos", cos), ("sin", sin)):
+        _check_floats(name, x, (torch.float32,))
+        if x.dim() != 3 or x.shape[0] not in (1, B) or x.shape[1:] != (T, D):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, [{B} or 1, {T}, {D}] fits")
+        _check_device(name, x, query)
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: got {type(window).__name__}, a Python int fits")
+    if window < 1:
+        raise ValueError(f"window: got {window}, 1 or more fits: the token itself counts")
+    if (past_keys is None) != (past_values is None):
+        raise ValueError("past_keys: got one of past_keys and past_values, both or neither fit")
+    P = 0
+    if past_keys is not None:
+        for name, x in (("past_keys", past_keys), ("past_values", past_values)):
+            _check_floats(name, x, (value.dtype,))
+            if x.dim() != 4 or 0 in x.shape or (*x.shape[:2], x.shape[3]) != (B, HKV, D):
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}, [{B}, {HKV}, P, {D}] fits")
+            _check_device(name, x, query)
+        P = past_keys.shape[2]
+        if past_values.shape != past_keys.shape:
+            got, fits = tuple(past_values.shape), tuple(past_keys.shape)
+            raise ValueError(f"past_values: got shape {got}, the shape of past_keys fits: {fits}")
+    if mask is not None:
+        _check_mask(mask, query, (B, P + T))
+    if document_ids is not None:
+        if not isinstance(document_ids, torch.Tensor) or document_ids.dtype not in (torch.int32, torch.int64):
+            got = getattr(document_ids, "dtype", type(document_ids).__name__)
+            raise TypeError(f"document_ids: got {got}, an int32 or int64 tensor [{B}, {T}] fits")
+        if tuple(document_ids.shape) != (B, T):
+            raise ValueError(f"document_ids: got shape {tuple(document_ids.shape)}, [{B}, {T}] fits")
+        _check_device("document_ids", document_ids, query)
+        if past_keys is not None:
+            raise ValueError("document_ids: got them with past_keys, which have none: one document a row fits there")
+    return _check_scale(scale, D)
 
 
 def check_rms_norm_inputs(hidden_states, weight, eps, residual):
