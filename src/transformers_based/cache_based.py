@@ -276,13 +276,27 @@ class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
     def append(
         self, key: torch.Tensor, value: torch.Tensor, exists: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Adds the tokens `[B, H, T, D]` that exist (`[B, T]`, `None` for all). Returns the `window` before them, followed
-        by the new ones.
-        """
+        """`store`. Returns the `window` before these tokens, followed by them."""
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         past = self.window()
+        self.store(key, value, exists)
+        return torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        exists: torch.Tensor | None,
+        left_out: int | torch.Tensor = 0,
+    ) -> None:
+        """
+        Adds the tokens `[B, H, T, D]` that exist (`[B, T]`, `None` for all). Before them came others that the window
+        has left behind, `left_out` in number (or `[B, 1]`): then these are W, or all that a row has.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        self.seen.add_(left_out)
         length = key.shape[2]
         arrived = length if exists is None else exists.sum(dim=1)[:, None]
         last = self.seen + arrived - 1
@@ -298,7 +312,6 @@ class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
         for held, new in ((self.keys, key), (self.values, value)):
             held.copy_(torch.where(arrival[..., None] >= 0, _at_slots(new, token), held))
         self.seen.add_(arrived)
-        return torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise NotImplementedError("The window needs to know which tokens exist: use `append`.")

@@ -50,6 +50,7 @@ from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_g
 from .integrations_based import register_integrations
 from .ops import (
     at_least_fp32,
+    can_attend_fused,
     can_convolve_fused,
     can_step_fused,
     conv_places,
@@ -58,6 +59,8 @@ from .ops import (
     lay_side_by_side,
     project,
     rms_norm,
+    rotate,
+    sliding_attention,
     sliding_attention_step,
     swiglu,
 )
@@ -91,6 +94,13 @@ class PackedDocuments(NamedTuple):
 
     ids: torch.Tensor
     cu_seqlens: torch.Tensor
+
+
+class WindowTokens(NamedTuple):
+    """In place of a mask for the fused attention: which tokens exist `[B, past + T]`, and their documents `[B, T]`."""
+
+    exist: torch.Tensor | None
+    document_ids: torch.Tensor | None
 
 
 class BasedRMSNorm(nn.Module):
@@ -396,6 +406,23 @@ class BasedAttention(nn.Module):
         if is_ring and _is_step(attention_mask):
             output = self._step(query, key, value, position_embeddings, layer, attention_mask)
             return self.o_proj(output.reshape(batch, 1, -1)), None
+        if isinstance(attention_mask, WindowTokens) and can_attend_fused(value, self.head_dim):
+            past = (None, None)
+            if layer is not None:
+                past = self._remember(key, value, position_embeddings, past_key_values, exists)
+            output = sliding_attention(
+                query,
+                key,
+                value,
+                *position_embeddings,
+                window=self.sliding_window,
+                scale=self.scaling,
+                mask=attention_mask.exist,
+                document_ids=attention_mask.document_ids,
+                past_keys=past[0],
+                past_values=past[1],
+            )
+            return self.o_proj(output.reshape(batch, length, -1)), None
 
         # [B, H, T, D]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -416,6 +443,17 @@ class BasedAttention(nn.Module):
             if layer is not None and not is_ring:
                 layer.keys, layer.values = (x[:, :, -layer.keys.shape[2] :] for x in (key, value))
 
+        if isinstance(attention_mask, WindowTokens):
+            # The layer is elsewhere than the tokens: no kernel there.
+            attention_mask = _block_mask(
+                self.config,
+                hidden_states,
+                attention_mask.exist,
+                past_length,
+                0,
+                attention_mask.document_ids,
+                max(self.sliding_window, _MIN_BLOCK),
+            )
         blocks = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 5:
             blocks = attention_mask.shape[1]
@@ -452,6 +490,32 @@ class BasedAttention(nn.Module):
         )
         layer.count(1)
         return output
+
+    def _remember(self, key, value, position_embeddings, past_key_values, exists):
+        """
+        The keys (rotated) and values before these tokens, `[B, H, P, D]`, or `None` twice. Of these tokens, only those
+        that the cache goes on to hold are rotated.
+        """
+        layer, length = past_key_values.layers[self.layer_idx], key.shape[1]
+        past_length = past_key_values.get_mask_sizes(length, self.layer_idx)[0] - length
+        held = length if getattr(layer, "record_past", False) else min(length, self.sliding_window)
+        key, value, *angles = (x[:, -held:] for x in (key, value, *position_embeddings))
+        key, value = rotate(key, *angles).to(value.dtype).transpose(1, 2), value.transpose(1, 2)
+        if isinstance(layer, WindowCacheLayer):
+            past = layer.window() if past_length else (None, None)
+            if exists is None:
+                layer.store(key, value, None, left_out=length - held)
+            else:
+                # Padding is on the left (else these tokens had another order): a row with some here has none before.
+                left_out = exists[:, :-held].sum(dim=1, keepdim=True)
+                layer.store(key, value, exists[:, -held:], left_out)
+            layer.count(length)
+            return past
+        known = past_key_values.update(key, value, self.layer_idx)
+        # To transformers' window, the others have been there too.
+        layer.cumulative_length += length - held
+        # transformers 5.17 returns more than the mask covers after `reset` and while recording for `crop`.
+        return tuple(x[:, :, -held - past_length : -held] if past_length else None for x in known)
 
 
 def _is_step(attention_mask: torch.Tensor | None) -> bool:
@@ -492,9 +556,10 @@ def _make_masks(
     """
     What each layer type needs to know of padding, made once a forward from the `[B, past + T]` attention mask.
 
-    Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, or
-    the mask of `_block_mask`. Under "key_order": `[B, keys]`, which brings the keys of tokens that exist together,
-    behind the padding; `None` if they are. Under "conv_places": see `conv_places` of ops.py.
+    Recurrent layers get a bool `[B, T]`, or `None` if every token exists; attention what its implementation takes, the
+    mask of `_block_mask`, or `WindowTokens` for the fused one. Under "key_order": `[B, keys]`, which brings the keys of
+    tokens that exist together, behind the padding; `None` if they are, or if padding behind them is in nobody's way.
+    Under "conv_places": see `conv_places` of ops.py.
     """
     batch, length = inputs_embeds.shape[:2]
     layer = None
@@ -516,6 +581,13 @@ def _make_masks(
         return masks
 
     document_ids = documents.ids if documents is not None else None
+    # Other layers of a cache may hold the past, or fetch it, in ways of their own.
+    fuses = (
+        config._attn_implementation == "sdpa"
+        and not output_attentions
+        and (is_ring or layer is None or type(layer) is DynamicSlidingWindowLayer)
+        and can_attend_fused(inputs_embeds, config.head_dim)
+    )
     if is_ring:
         new = tokens if tokens is not None else inputs_embeds.new_ones(batch, length, dtype=torch.bool)
         if length == 1 and not output_attentions and not torch.is_grad_enabled():
@@ -526,7 +598,7 @@ def _make_masks(
         if past_length:
             is_kept = torch.arange(past_length, 0, -1, device=new.device) <= layer.seen[:, :1]
             exists = torch.cat([is_kept, new], dim=1)
-        attention_mask = exists
+        attention_mask = exists if past_length or tokens is not None else None
         moves = tokens is not None and (not looks or _has_padding_behind_tokens(exists))
     else:
         past_length, offset = 0, 0
@@ -535,6 +607,9 @@ def _make_masks(
             past_length = num_keys - length
         # A compiled graph cannot ask: training reorders in any case. What `generate` compiles has a static cache.
         moves = _has_padding_behind_tokens(attention_mask) if looks else layer is None and attention_mask is not None
+        if moves and fuses and layer is None and looks:
+            # Nothing is kept of these tokens: padding behind the last of them may stay where it is.
+            moves = _has_padding_between_tokens(attention_mask)
         if moves:
             if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
                 raise ValueError(
@@ -549,6 +624,10 @@ def _make_masks(
         attention_mask = nn.functional.pad(exists.gather(1, masks["key_order"]), (offset, 0))
         document_ids = document_ids.gather(1, masks["key_order"]) if document_ids is not None else None
 
+    if fuses and not moves:
+        exist = attention_mask[:, offset:] if attention_mask is not None else None
+        masks["sliding_attention"] = WindowTokens(exist, document_ids)
+        return masks
     is_plain = config._attn_implementation in ("sdpa", "eager")
     block_size = max(config.sliding_window, _MIN_BLOCK)
     if is_plain and not output_attentions and length >= 4 * block_size:
@@ -609,6 +688,11 @@ def _has_padding_behind_tokens(attention_mask: torch.Tensor | None) -> bool:
     if attention_mask is None:
         return False
     return bool((attention_mask[:, :-1] & ~attention_mask[:, 1:]).any())
+
+
+def _has_padding_between_tokens(attention_mask: torch.Tensor) -> bool:
+    starts = attention_mask & ~nn.functional.pad(attention_mask, (1, 0))[:, :-1]
+    return bool((starts.sum(dim=1) > 1).any())
 
 
 def _block_mask(

@@ -6,7 +6,8 @@
     swiglu                   silu(gate) * up
     gated_short_conv         silu(conv(u)) * g                                                   of [B, T, C]
     gated_short_conv_step    state := [state, u][1:];  silu(sum_k weight_k state_k) * g          of [B, 1, C]
-    sliding_attention_step   softmax attention of one rotated token [B, 1, H, D] to the ring of its window
+    sliding_attention        softmax attention of [B, T, H, D] to the last W tokens, with rotary
+    sliding_attention_step   the same of one token, to the ring of its window
 
 The fused steps have no backward: they run where no gradient is asked for.
 """
@@ -36,8 +37,8 @@ def _are_plain(*tensors: torch.Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _choose_backend(op: str, device: str, dtype: str) -> str:
-    return choose_backend(op, device, dtype)
+def _choose_backend(op: str, device: str, dtype: str, obstacle: str | None = None) -> str:
+    return choose_backend(op, device, dtype, obstacle)
 
 
 def project(x: torch.Tensor, *projections: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -245,6 +246,66 @@ def gated_short_conv_step(
     return based_kernels.gated_short_conv_step(projected, weight, state, mask=mask)
 
 
+# Of a head: its tiles stay in registers.
+_MAX_HEAD_DIM = 128
+
+
+def can_attend_fused(x: torch.Tensor, head_dim: int) -> bool:
+    """Whether `sliding_attention` is to be used for tokens like `x`, in place of attention with a mask."""
+    fits = head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
+    return fits and _are_plain(x) and _is_fused("sliding-window attention", x)
+
+
+def sliding_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    past_keys: torch.Tensor | None = None,
+    past_values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Softmax attention to the last `window` tokens, itself included, with rotary, fused, forward and backward; its plain
+    form is in `BasedAttention` of modeling_based.py. Linear in T; no mask of T x T is made.
+
+    Args:
+        query, key, value: `[B, T, H, D]`, key and value with H / G heads for groups of G; not rotated.
+        cos, sin: `[B or 1, T, D]`, fp32, of the tokens' positions.
+        mask: `[B, P + T]`; a token with 0 is seen by nobody, and its output is 0.
+        document_ids: `[B, T]`; a token sees only its own document.
+        past_keys, past_values: `[B, H / G, P, D]`, the tokens before these, keys rotated.
+
+    Returns:
+        `[B, T, H, D]` in the dtype of `value`.
+
+    Source: arXiv 2402.18668, section 4.2; `based/models/mixers/slide_attention.py` of the original code.
+    """
+    return based_kernels.sliding_attention(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        window=window,
+        scale=scale,
+        mask=mask,
+        document_ids=document_ids,
+        past_keys=past_keys,
+        past_values=past_values,
+    )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary of `[B, T, H, D]`, in the wider of the dtypes, that of the angles being fp32 or better."""
+    return x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]
+
+
 def sliding_attention_step(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -277,7 +338,7 @@ def sliding_attention_step(
         return based_kernels.sliding_attention_step(
             query, key, value, cos, sin, keys, values, seen, scale=scale, mask=mask
         )
-    query, key = ((x * cos[:, :, None] + rotate_half(x) * sin[:, :, None]).to(value.dtype) for x in (query, key))
+    query, key = (rotate(x, cos, sin).to(value.dtype) for x in (query, key))
     window = keys.shape[2]
     exists = torch.ones_like(seen[:, :1], dtype=torch.bool) if mask is None else mask.bool()
     # [B, H, 1, D]: in a row that does not exist the slot gets what it holds
