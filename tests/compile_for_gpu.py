@@ -99,6 +99,7 @@ def main():
         gated_short_conv,
         gated_short_conv_step,
         rms_norm,
+        sliding_attention,
         sliding_attention_step,
         swiglu,
         taylor_attention,
@@ -110,6 +111,7 @@ def main():
     # CPU tensors pass, the kernels are those of a GPU, and documents are cut
     checks.interpreted = lambda: True
     taylor_attention_chunk.interpreted = lambda: False
+    sys.modules[sliding_attention.__module__].interpreted = lambda: False
     taylor_attention_chunk._segment_length = lambda *args: 32
     features = -(-(FEATURE_DIM + 1) * (FEATURE_DIM + 2) // 16) * 8
     query, key = (torch.randn(1, 77, 2, FEATURE_DIM).to(DTYPE).requires_grad_() for _ in range(2))
@@ -143,6 +145,11 @@ def main():
         ring, count = torch.zeros(2, 1, 1, W, HEAD_DIM, dtype=DTYPE), torch.zeros(1, 1, dtype=torch.int64)
         one, group = (torch.zeros(1, 1, heads, HEAD_DIM, dtype=DTYPE) for heads in (1, 3))
         sliding_attention_step(group, one, one, angles, angles, *ring, count, mask=mask)
+    angles = torch.zeros(1, 33, HEAD_DIM)
+    leaves = [torch.zeros(1, 33, heads, HEAD_DIM, dtype=DTYPE, requires_grad=True) for heads in (2, 1, 1)]
+    past = [torch.zeros(1, 1, 9, HEAD_DIM, dtype=DTYPE, requires_grad=True) for _ in range(2)]
+    options = {"past_keys": past[0], "past_values": past[1], "mask": torch.ones(1, 42, dtype=torch.bool)}
+    sliding_attention(*leaves, angles, angles, window=17, **options).sum().backward()
     for N in (1, 1024):
         both = torch.zeros(N, 48, dtype=DTYPE, requires_grad=True)
         swiglu(*both.chunk(2, dim=-1)).sum().backward()

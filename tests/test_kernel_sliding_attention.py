@@ -31,6 +31,7 @@ from kernel_checks import (
     rms_error,
 )
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from based_kernels import sliding_attention
@@ -248,6 +249,12 @@ def test_only_what_is_asked_for():
         evaluate(sliding_attention, one, 9, None, torch.ones_like(case.query))
     with torch.no_grad():
         assert not case.call(sliding_attention, 9).requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    case = make(1, 3, 1, 1, 16, torch.float32)
+    with pytest.raises(RuntimeError, match="sliding_attention: got create_graph=True"):
+        torch.autograd.grad(case.call(sliding_attention, 2).sum(), case.leaves(), create_graph=True)
 
 
 def test_mixed_dtypes():
@@ -653,6 +660,8 @@ def test_model_goes_on_from_a_cache(two_windows, fused, kind, padding):
     for a, b in zip(keys_of(cache, window), keys_of(same, window)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert cache.get_seq_length() == same.get_seq_length()
+    if kind is StaticCache:
+        assert all(torch.equal(a.seen, b.seen) for a, b in zip(cache.layers, same.layers))
     exact, _ = plainly(in_turns, model.double(), DynamicCache(config=model.config), ids, mask, *turns)
     for ours, plain, want in zip(logits, other, exact):
         assert_exact(ours, plain, want)
@@ -674,8 +683,14 @@ def test_model_takes_back_what_it_recorded(two_windows, fused):
     assert_exact(logits, plain, exact)
 
 
+class OwnLayer(DynamicSlidingWindowLayer):
+    """It may hold the past in ways of its own."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["padding between tokens", "padding behind tokens and a cache", "eager", "attentions"])
+@pytest.mark.parametrize(
+    "way", ["padding between tokens", "padding behind tokens and a cache", "eager", "attentions", "own cache"]
+)
 def test_model_does_without(two_windows, fused, monkeypatch, way):
     """What the kernel is not for goes the old way, and right."""
     for place in PLAIN:
@@ -685,6 +700,9 @@ def test_model_does_without(two_windows, fused, monkeypatch, way):
     mask, options = torch.ones_like(ids), {"use_cache": "cache" in way}
     if "padding" in way:
         mask[:, slice(4, 7) if "between" in way else slice(17, None)] = 0
+    if way == "own cache":
+        options["past_key_values"] = DynamicCache(config=model.config)
+        options["past_key_values"].layers = [OwnLayer(model.config.sliding_window) for _ in model.model.layers]
     if way == "eager":
         model.set_attn_implementation("eager")
     options |= {"output_attentions": True} if way == "attentions" else {}

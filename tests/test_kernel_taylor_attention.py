@@ -748,4 +748,5 @@ def test_compiles_for_a_gpu_without_one(capability, D, V, dtype):
     names |= {f"_{op}_step_kernel" for op in ("gated_short_conv", "sliding_attention")}
     names |= {f"_{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("fwd", "bwd")}
     names |= {"_rms_norm_sum_kernel"} | {f"_gated_short_conv_{way}_kernel" for way in ("fwd", "bwd", "weight")}
+    names |= {f"sliding_attention_{way}_kernel" for way in ("fwd", "bwd_query", "bwd_key")}
     assert names < {name for name, _ in kernels}

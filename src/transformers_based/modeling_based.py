@@ -625,7 +625,8 @@ def _make_masks(
         document_ids = document_ids.gather(1, masks["key_order"]) if document_ids is not None else None
 
     if fuses and not moves:
-        exist = attention_mask[:, offset:] if attention_mask is not None else None
+        # A copy where a part is taken: a kernel wants addresses that are multiples of 16.
+        exist = attention_mask[:, offset:].contiguous() if attention_mask is not None else None
         masks["sliding_attention"] = WindowTokens(exist, document_ids)
         return masks
     is_plain = config._attn_implementation in ("sdpa", "eager")

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_sliding_inputs, device_guard, interpreted, vector_rows
+from .checks import check_sliding_inputs, device_guard, interpreted, refuse_second_order, vector_rows
+from .launch import launch
 from .sliding_attention_kernels import (
     sliding_attention_bwd_key_kernel,
     sliding_attention_bwd_query_kernel,
@@ -30,6 +31,7 @@ class _Config(NamedTuple):
     BLOCK_Q: int
     BLOCK_K: int
     num_warps: int
+    num_stages: int = 1
 
 
 # Products of 16 rows a warp, and too few rows for Hopper's asynchronous products, which are kept out (README). The keys
@@ -39,113 +41,125 @@ _BACKWARD_QUERY = _Config(BLOCK_Q=32, BLOCK_K=16, num_warps=2)
 _BACKWARD_KEY = _Config(BLOCK_Q=16, BLOCK_K=32, num_warps=2)
 
 
-def _common(query, key, value, past_keys, past_values, cos, sin, mask, document_ids, window, scale):
-    """-> what the three kernels share: (nine tensors, scale, numbers), and constants."""
-    has_past = past_keys is not None
-    if not has_past:
-        # stand for absent tensors: never touched, and their strides do not matter
-        past_keys, past_values = key, value
-    arguments = (
-        query,
-        key,
-        value,
-        past_keys,
-        past_values,
-        cos,
-        sin,
-        cos if mask is None else mask,
-        cos if document_ids is None else document_ids,
-        scale,
-        query.shape[1],
-        past_keys.shape[2] if has_past else 0,
-        window,
-        # units of 8 elements: 16-byte loads without a compilation per layout
-        *(x.stride(i) // 8 for x in (query, key, value, past_keys, past_values) for i in range(3)),
-        *(number for x in (cos, sin) for number in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))),
-        0 if mask is None else mask.stride(0),
-        0 if document_ids is None else document_ids.stride(0),
-    )
-    D, dtype = query.shape[3], value.dtype
-    product = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-    constants = {
-        "H": query.shape[2],
-        "GROUP": query.shape[2] // key.shape[2],
-        "D": D,
-        # 16: the least that a product takes
-        "HALF": max(triton.next_power_of_2(D // 2), 16),
-        "BLOCK_D": max(triton.next_power_of_2(D), 16),
-        "HAS_MASK": mask is not None,
-        "PACKED": document_ids is not None,
-        "HAS_PAST": has_past,
-        # the interpreter multiplies the bits of bfloat16 as integers
-        "DTYPE": tl.float32 if interpreted() else product,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-    }
-    return arguments, constants
+class _Call:
+    """What the launches of one call have in common."""
 
-
-def _sliding_attention_fwd(*inputs):
-    """-> output [B, T, H, D], log-sum-exp [B, H, T] in base 2."""
-    query, _, value = inputs[:3]
-    B, T, H, D = query.shape
-    arguments, constants = _common(*inputs)
-    output = torch.empty((B, T, H, D), dtype=value.dtype, device=value.device)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=value.device)
-    with device_guard(query):
-        sliding_attention_fwd_kernel[(-(-T // _FORWARD.BLOCK_Q) * B * H,)](
-            *arguments[:9], output, lse, *arguments[9:], **constants, **_FORWARD._asdict(), num_stages=1
+    def __init__(self, query, key, value, past_keys, past_values, cos, sin, mask, document_ids, window, scale):
+        self.has_past, self.has_mask, self.packed = past_keys is not None, mask is not None, document_ids is not None
+        if not self.has_past:
+            # stand for absent tensors: never touched, and their strides do not matter
+            past_keys, past_values = key, value
+        mask = mask if self.has_mask else cos
+        document_ids = document_ids if self.packed else cos
+        self.tensors = query, key, value, past_keys, past_values, cos, sin, mask, document_ids
+        self.B, self.T, self.H, self.D = query.shape
+        self.group, self.dtype = self.H // key.shape[2], value.dtype
+        self.past = past_keys.shape[2] if self.has_past else 0
+        self.scale = scale
+        self.numbers = (
+            self.T,
+            self.past,
+            window,
+            # units of 8 elements: 16-byte loads without a compilation per layout
+            *_strides(query),
+            *_strides(key),
+            *_strides(value),
+            *_strides(past_keys),
+            *_strides(past_values),
+            cos.stride(0) if cos.shape[0] > 1 else 0,
+            cos.stride(1),
+            sin.stride(0) if sin.shape[0] > 1 else 0,
+            sin.stride(1),
+            mask.stride(0),
+            document_ids.stride(0),
         )
+        dtypes = query.dtype, key.dtype, value.dtype, mask.dtype, document_ids.dtype
+        self.kind = (self.H, self.group, self.D, self.has_past, self.has_mask, self.packed, dtypes, query.device)
+
+    def launch(self, kernel, config, blocks, tensors, numbers):
+        """`blocks` programs for each row and each of its heads, of which there are as many as the kernel writes to."""
+        launch(
+            kernel,
+            (config, self.kind),
+            blocks * self.B,
+            (*self.tensors, *tensors),
+            (self.scale, *self.numbers, *numbers),
+            lambda: self.constants(config),
+        )
+
+    def constants(self, config):
+        return {
+            "H": self.H,
+            "GROUP": self.group,
+            "D": self.D,
+            # 16: the least that a product takes
+            "HALF": max(triton.next_power_of_2(self.D // 2), 16),
+            "BLOCK_D": max(triton.next_power_of_2(self.D), 16),
+            "HAS_MASK": self.has_mask,
+            "PACKED": self.packed,
+            "HAS_PAST": self.has_past,
+            "DTYPE": _product_type(self.dtype),
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+            **config._asdict(),
+        }
+
+
+def _product_type(dtype):
+    # the interpreter multiplies the bits of bfloat16 as integers
+    if dtype == torch.float32 or interpreted():
+        return tl.float32
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
+def _strides(x):
+    return x.stride(0) // 8, x.stride(1) // 8, x.stride(2) // 8
+
+
+def _empty_like(x):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _sliding_attention_fwd(inputs):
+    """-> output [B, T, H, D], log-sum-exp [B, H, T] in base 2."""
+    query, value = inputs[0], inputs[2]
+    B, T, H, _ = query.shape
+    output = torch.empty(query.shape, dtype=value.dtype, device=query.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=query.device)
+    call, config = _Call(*inputs), _FORWARD
+    with device_guard(query):
+        call.launch(sliding_attention_fwd_kernel, config, -(-T // config.BLOCK_Q) * H, (output, lse), ())
     return output, lse
 
 
 def _sliding_attention_bwd(inputs, output, lse, d_output, need_keys, need_past):
     """-> gradients of query, key, value, past_keys and past_values: the former two pairs None unless needed."""
     query, key, value, past_keys, past_values = inputs[:5]
-    B, T, H, D = query.shape
-    arguments, constants = _common(*inputs)
-    tensors, (scale, *numbers) = arguments[:9], arguments[9:]
-    numbers += [d_output.stride(i) // 8 for i in range(3)]
-    delta = torch.empty_like(lse)
-    d_query = torch.empty((B, T, H, D), dtype=query.dtype, device=query.device)
+    T, H = query.shape[1:3]
+    call = _Call(*inputs)
+    delta, d_query = torch.empty_like(lse), _empty_like(query)
     d_key = d_value = d_past_keys = d_past_values = None
     with device_guard(query):
         config = _BACKWARD_QUERY
-        sliding_attention_bwd_query_kernel[(-(-T // config.BLOCK_Q) * B * H,)](
-            *tensors,
-            output,
-            lse,
-            d_output,
-            delta,
-            d_query,
-            scale,
-            *numbers,
-            **constants,
-            **config._asdict(),
-            num_stages=1,
+        call.launch(
+            sliding_attention_bwd_query_kernel,
+            config,
+            -(-T // config.BLOCK_Q) * H,
+            (output, lse, d_output, delta, d_query),
+            _strides(d_output),
         )
         if need_keys or need_past:
             config, past_blocks = _BACKWARD_KEY, 0
-            d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+            d_key, d_value = _empty_like(key), _empty_like(value)
+            d_past = d_key, d_value
             if need_past:
-                past_blocks = -(-past_keys.shape[2] // config.BLOCK_K)
-                d_past_keys, d_past_values = (
-                    torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (past_keys, past_values)
-                )
-            sliding_attention_bwd_key_kernel[((-(-T // config.BLOCK_K) + past_blocks) * B * key.shape[2],)](
-                *tensors,
-                lse,
-                d_output,
-                delta,
-                d_key,
-                d_value,
-                d_past_keys if need_past else d_key,
-                d_past_values if need_past else d_value,
-                scale,
-                past_blocks,
-                *numbers,
-                **constants,
-                **config._asdict(),
-                num_stages=1,
+                past_blocks = -(-call.past // config.BLOCK_K)
+                d_past = d_past_keys, d_past_values = _empty_like(past_keys), _empty_like(past_values)
+            call.launch(
+                sliding_attention_bwd_key_kernel,
+                config,
+                (-(-T // config.BLOCK_K) + past_blocks) * key.shape[2],
+                (lse, d_output, delta, d_key, d_value, *d_past),
+                (*_strides(d_output), past_blocks),
             )
     return d_query, d_key, d_value, d_past_keys, d_past_values
 
@@ -157,13 +171,14 @@ class _SlidingAttention(torch.autograd.Function):
         if past_keys is not None:
             past_keys, past_values = vector_rows(past_keys), vector_rows(past_values)
         tensors = query, key, value, past_keys, past_values, cos, sin, mask, document_ids
-        output, lse = _sliding_attention_fwd(*tensors, window, scale)
+        output, lse = _sliding_attention_fwd((*tensors, window, scale))
         ctx.save_for_backward(*tensors, output, lse)
         ctx.window, ctx.scale = window, scale
         return output
 
     @staticmethod
     def backward(ctx, d_output):
+        refuse_second_order("sliding_attention")
         *tensors, output, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
         gradients = _sliding_attention_bwd(
@@ -194,8 +209,8 @@ def sliding_attention(
     """Causal softmax attention to the last `window` tokens, itself included, with rotary; linear in T.
 
     Query and key come as projected and are rotated here, in fp32, then rounded to value's dtype, as plain PyTorch does.
-    Softmax and sums in fp32. The plain original is `BasedAttention` in transformers_based. Differentiable in query,
-    key, value, past_keys and past_values; the gradients of query and key are rotated back. Two runs give the same bits.
+    Softmax and sums in fp32. The plain original is `BasedAttention` in transformers_based. Differentiable once, in
+    query, key, value, past_keys and past_values. Two runs give the same bits.
 
     Args:
         query: [B, T, H, D], float32, float16 or bfloat16, D a multiple of 8 up to 128. Any strides.
@@ -215,6 +230,7 @@ def sliding_attention(
 
     Raises:
         TypeError or ValueError naming the argument, what it got and what fits.
+        RuntimeError: a second derivative is asked for (create_graph=True).
 
     Source: arXiv 2402.18668, section 4.2; blocks of softmax and its backward as in FlashAttention-2, arXiv 2307.08691.
     """

@@ -19,6 +19,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Of every kernel: numbers that change from call to call or from layout to layout.
 _NUMBERS = [
+    "scale",
     "T",
     "P",
     "W",
@@ -504,7 +505,6 @@ def sliding_attention_bwd_key_kernel(
     p_d_past_k,
     p_d_past_v,
     scale,
-    past_blocks,
     T,
     P,
     W,
@@ -532,6 +532,7 @@ def sliding_attention_bwd_key_kernel(
     stride_gb,
     stride_gt,
     stride_gh,
+    past_blocks,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
