@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_based import backend, modeling_based, ops
 
@@ -65,9 +66,12 @@ def test_projections_of_which_some_are_frozen(everywhere, laid, together):
     x = torch.randn(3, 16, requires_grad=True)
     d_outputs = torch.randn(3, 40).split((8, 8, 24), -1)
     d_outputs = d_outputs if together else [d.clone() for d in d_outputs]
-    want = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
+    with FlopCounterMode(display=False) as all_flops:
+        want = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
     projections[1].weight.requires_grad_(False)
-    got = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
+    with FlopCounterMode(display=False) as flops:
+        got = gradients_of(ops.project(x, *projections), x, projections, d_outputs)
+    assert flops.get_total_flops() == all_flops.get_total_flops() - 2 * 3 * 16 * 8
     torch.testing.assert_close(got, (*want[:2], want[3]))
     # the inputs of the first layer over frozen embeddings
     outputs = ops.project(x.detach(), *projections)
@@ -78,6 +82,11 @@ def test_projections_twice_differentiable(everywhere):
     """These are no kernels: gradients of gradients are those of plain PyTorch."""
     torch.manual_seed(0)
     x, *weights = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (2, 1, 4))
+    outputs = ops._Projections.apply(x, *weights)
+    d_outputs = [torch.ones_like(y) for y in outputs]
+    first = torch.autograd.grad(outputs, [x, *weights], d_outputs, create_graph=True)
+    want = torch.autograd.grad([x @ weight.t() for weight in weights], [x, *weights], d_outputs)
+    torch.testing.assert_close(first, want)
     assert torch.autograd.gradgradcheck(ops._Projections.apply, (x, *weights))
 
 

@@ -106,17 +106,18 @@ class _Projections(torch.autograd.Function):
         needs_dx, *need_dw = ctx.needs_input_grad
         rows, parts = x.reshape(-1, x.shape[-1]), [d.reshape(-1, d.shape[-1]) for d in d_outputs]
         # For gradients of gradients only what autograd can follow.
-        may_merge, dx = not torch.is_grad_enabled(), None
-        weight, d_output = (_side_by_side(weights, 0), _side_by_side(parts, 1)) if may_merge else (None, None)
-        if weight is not None and d_output is not None and all(need_dw):
-            dx = d_output @ weight if needs_dx else None
+        is_last, dx = not torch.is_grad_enabled(), None
+        weight, d_output = (_side_by_side(weights, 0), _side_by_side(parts, 1)) if is_last else (None, None)
+        is_one = weight is not None and d_output is not None
+        if needs_dx and is_one:
+            dx = d_output @ weight
+        elif needs_dx:
+            dx = parts[0] @ weights[0]
+            for d, weight in zip(parts[1:], weights[1:]):
+                dx = dx.addmm_(d, weight) if is_last else dx.addmm(d, weight)
+        if is_one and all(need_dw):
             dw = (d_output.t() @ rows).split([weight.shape[0] for weight in weights])
         else:
-            for d, weight in zip(parts, weights) if needs_dx else ():
-                if dx is None:
-                    dx = d @ weight
-                else:
-                    dx = dx.addmm_(d, weight) if may_merge else dx.addmm(d, weight)
             dw = [d.t() @ rows if needed else None for d, needed in zip(parts, need_dw)]
         return dx if dx is None else dx.view(x.shape), *dw
 
