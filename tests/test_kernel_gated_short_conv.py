@@ -284,6 +284,13 @@ def test_a_frozen_weight_costs_nothing(monkeypatch):
     assert len(made) == 1
 
 
+def test_second_derivative_is_refused():
+    inputs = make(1, 3, 8, 2, torch.float32)
+    output, _ = ours(**inputs)
+    with pytest.raises(RuntimeError, match=r"^gated_short_conv: got create_graph=True"):
+        torch.autograd.grad(output.sum(), inputs["projected"], create_graph=True)
+
+
 def test_autocast_follows_the_plain_path():
     """Under autocast the projection is half, the weight is not; its gradient is neither."""
     inputs = make(1, 7, 8, 3, torch.bfloat16)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_conv_inputs, common_unit, device_guard
+from .checks import check_conv_inputs, common_unit, device_guard, refuse_second_order
 
 
 # A place that is none.
@@ -447,6 +447,7 @@ class _GatedShortConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output, d_final=None):
+        refuse_second_order("gated_short_conv")
         d_output = d_output if d_output.stride(2) == 1 else d_output.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
         gradients = _gated_short_conv_bwd(*ctx.saved_tensors, d_output, d_final, ctx.needs_input_grad[:3])
@@ -495,6 +496,7 @@ def gated_short_conv(
 
     Raises:
         TypeError or ValueError naming the argument, what it got and what fits.
+        RuntimeError: a second derivative is asked for (create_graph=True).
     """
     check_conv_inputs(projected, weight, state, mask, places, document_ids)
     if places is not None:
