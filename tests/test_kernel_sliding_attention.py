@@ -200,7 +200,8 @@ def test_padding(monkeypatch, T, P, W):
     assert not output[missing].any()
     assert not any(x[missing].any() for x in gradients[:3])
     assert not any(x.transpose(1, 2)[~case.mask[:, :P]].any() for x in gradients[3:])
-    ours = compare(clean(case)._replace(mask=case.mask.long()), W, d_output=finite)
+    # Another dtype is another build, in which a GPU may contract products and sums otherwise.
+    ours = compare(clean(case)._replace(mask=case.mask if GPU else case.mask.long()), W, d_output=finite)
     assert torch.equal(ours[0], output)
     assert all(torch.equal(a, b) for a, b in zip(ours[1], gradients))
 

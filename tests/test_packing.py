@@ -169,7 +169,10 @@ def test_gradient_checkpointing(model, reentrant):
         model.enable_input_require_grads()
         again, found = backward(model, [batch], targets(rows))
     assert again == loss
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # The kernels add up the residual stream otherwise where layers are checkpointed.
+    tolerance = 1e-6 if DEVICE == "cuda" else 0
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, atol=tolerance * x.abs().max().item(), rtol=0)
 
 
 def test_compiled(tiny_model, monkeypatch):

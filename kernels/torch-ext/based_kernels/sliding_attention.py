@@ -5,7 +5,8 @@ Layout: query, output [B, T, H, D]; key, value [B, T, HKV, D]; keys and values b
 log-sum-exp and row sums of the backward [B, H, T] fp32. Token t of a row stands at t, what was before it at -P .. -1.
 
 Maths:  q, k <- R x = (low cos - high sin, high cos + low sin), rounded;   s_ij = scale q_i . k_j,  i - W < j <= i
-        o_i = sum_j p_ij v_j,  p_ij = e^{s_ij - lse_i};   dv_j = sum_i p_ij do_i,   ds_ij = p_ij do_i . (v_j - o_i)
+        o_i = sum_j p_ij v_j,  p_ij = e^{s_ij - lse_i};   dv_j = sum_i p_ij do_i
+        ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij),  dp_ij = do_i . v_j
         dq_i = scale R^T sum_j ds_ij k_j,   dk_j = scale R^T sum_i ds_ij q_i
 
 Two kernels give the gradients, one by blocks of queries and one by blocks of keys (sliding_attention_kernels.py); here
@@ -131,7 +132,7 @@ def _sliding_attention_fwd(inputs):
     return output, lse
 
 
-def _sliding_attention_bwd(inputs, output, lse, d_output, need_keys, need_past):
+def _sliding_attention_bwd(inputs, lse, d_output, need_keys, need_past):
     """-> gradients of query, key, value, past_keys and past_values: the former two pairs None unless needed."""
     query, key, value, past_keys, past_values = inputs[:5]
     T, H = query.shape[1:3]
@@ -144,7 +145,7 @@ def _sliding_attention_bwd(inputs, output, lse, d_output, need_keys, need_past):
             sliding_attention_bwd_query_kernel,
             config,
             -(-T // config.BLOCK_Q) * H,
-            (output, lse, d_output, delta, d_query),
+            (lse, d_output, delta, d_query),
             _strides(d_output),
         )
         if need_keys or need_past:
@@ -172,18 +173,17 @@ class _SlidingAttention(torch.autograd.Function):
             past_keys, past_values = vector_rows(past_keys), vector_rows(past_values)
         tensors = query, key, value, past_keys, past_values, cos, sin, mask, document_ids
         output, lse = _sliding_attention_fwd((*tensors, window, scale))
-        ctx.save_for_backward(*tensors, output, lse)
+        ctx.save_for_backward(*tensors, lse)
         ctx.window, ctx.scale = window, scale
         return output
 
     @staticmethod
     def backward(ctx, d_output):
         refuse_second_order("sliding_attention")
-        *tensors, output, lse = ctx.saved_tensors
+        *tensors, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
         gradients = _sliding_attention_bwd(
             (*tensors, ctx.window, ctx.scale),
-            output,
             lse,
             vector_rows(d_output),
             needs[1] or needs[2],

@@ -347,7 +347,6 @@ def sliding_attention_bwd_query_kernel(
     p_sin,
     p_mask,
     p_ids,
-    p_o,
     p_lse,
     p_do,
     p_delta,
@@ -393,7 +392,7 @@ def sliding_attention_bwd_query_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of query, and the row sums do . o, which the gradient of key needs too."""
+    """The gradient of query, and the row sums of p do . v, which the gradient of key needs too."""
     scale = tl.cast(scale, tl.float32)
     blocks = tl.cdiv(T, BLOCK_Q)
     i_h = tl.program_id(0) % H
@@ -430,18 +429,48 @@ def sliding_attention_bwd_query_kernel(
     )
     o_m = tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
-    m_64 = tl.cast(m, tl.int64)
-    p_do += (i_b * stride_gb + i_h * stride_gh + m_64 * stride_gt) * 8
-    p_o += ((i_b * T + m) * H + i_h) * D
-    # [BLOCK_Q, BLOCK_D] twice, and [BLOCK_Q]
-    b_do = _load_rows(p_do, stride_gt, o_m, m_q, o_d, D)
-    m_o = m_q[:, None] & (o_d < D)[None, :]
-    b_o = tl.load(p_o + o_m[:, None] * (H * D) + o_d[None, :], mask=m_o, other=0.0)
-    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    p_do += (i_b * stride_gb + i_h * stride_gh + tl.cast(m, tl.int64) * stride_gt) * 8
+    # [BLOCK_Q, BLOCK_D], and [BLOCK_Q] twice
+    b_do = _load_rows(p_do, stride_gt, o_m, m_q, o_d, D).to(DTYPE)
     o_row = (i_b * H + i_h) * T + o_q
-    tl.store(p_delta + o_row, b_delta, mask=o_q < T)
     b_lse = tl.load(p_lse + o_row, mask=o_q < T, other=0.0)
-    b_do = b_do.to(DTYPE)
+
+    # Not do . o: o has been rounded, and the difference is what the gradients of scores are made of.
+    b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    for n in range(_first_key(m, P, W, BLOCK_K), tl.minimum(m + BLOCK_Q, tl.cdiv(T, BLOCK_K) * BLOCK_K), BLOCK_K):
+        o_k, m_k, b_k_low, b_k_high, b_v, _b_cos_k, _b_sin_k = _key_tile(
+            p_k,
+            p_v,
+            p_past_k,
+            p_past_v,
+            p_cos,
+            p_sin,
+            p_mask,
+            n,
+            T,
+            P,
+            stride_kt,
+            stride_vt,
+            stride_pkt,
+            stride_pvt,
+            stride_cos_t,
+            stride_sin_t,
+            D,
+            HALF,
+            BLOCK_D,
+            BLOCK_K,
+            HAS_MASK,
+            HAS_PAST,
+            DTYPE,
+        )
+        # [BLOCK_Q, BLOCK_K]
+        b_s = tl.dot(b_q_low, tl.trans(b_k_low), input_precision=PRECISION)
+        b_s = tl.dot(b_q_high, tl.trans(b_k_high), b_s, input_precision=PRECISION) * (scale * _LOG2_E)
+        m_s = _sees(o_q[:, None], m_q[:, None], o_k[None, :], m_k[None, :], p_ids, T, W, PACKED)
+        b_p = tl.exp2(tl.where(m_s, b_s, float("-inf")) - b_lse[:, None])
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_delta += tl.sum(b_p * b_dp, axis=1)
+    tl.store(p_delta + o_row, b_delta, mask=o_q < T)
 
     b_dq_low = tl.zeros([BLOCK_Q, HALF], dtype=tl.float32)
     b_dq_high = tl.zeros([BLOCK_Q, HALF], dtype=tl.float32)
