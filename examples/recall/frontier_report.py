@@ -1,0 +1,214 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""The frontier as a table and a plot, from the CSV of run.py alone.
+
+    python examples/recall/frontier_report.py [results/frontier.csv]
+
+Writes a .md and a .png beside it. A model counts with the learning rate that served it best.
+"""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+
+NAMES = {
+    "based": ("Based", "feature dim"),
+    "sliding_window": ("sliding window", "window"),
+    "attention": ("attention (Llama)", "tokens"),
+    "mamba": ("Mamba", "state size"),
+}
+MODEL = ("kind", "width", "size", "value_dim")
+INTEGERS = (
+    "width",
+    "size",
+    "value_dim",
+    "seed",
+    "steps",
+    "batch_size",
+    "parameters",
+    "state_bytes",
+    "state_bytes_bf16",
+)
+# Bytes (log 2) and accuracy, read off the figure in the paper.
+PAPER = {
+    "based": [(14.5, 0.82), (15.3, 0.89), (16.3, 0.97), (17.3, 0.99)],
+    "sliding_window": [(16, 0.51), (18, 0.80)],
+    "attention": [(19, 1.0)],
+    "mamba": [(16, 0.80), (17, 0.89)],
+}
+TARGET_ACCURACY, TARGET_BYTES = 0.97, 15.7
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of the CSV, numbers as numbers."""
+    if not path.is_file():
+        sys.exit(f"There is no {path}: run.py writes it.")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = ("kind", "device", "torch", "transformers")
+    return [
+        {name: x if name in texts else int(x) if name in INTEGERS else float(x) for name, x in row.items()}
+        for row in rows
+    ]
+
+
+def best_rows(rows: list[dict]) -> list[dict]:
+    """Of each model the row with the highest accuracy, by kind and bytes."""
+    best = {}
+    for row in rows:
+        key = tuple(row[name] for name in MODEL)
+        if key not in best or row["accuracy"] > best[key]["accuracy"]:
+            best[key] = row
+    order = list(NAMES)
+    return sorted(best.values(), key=lambda row: (order.index(row["kind"]), row["state_bytes"], row["width"]))
+
+
+def frontier(points: list[dict], kind: str) -> list[dict]:
+    """Those that no other model of their kind beats with as few bytes, by bytes."""
+    found = []
+    for row in sorted(
+        (row for row in points if row["kind"] == kind), key=lambda row: (row["state_bytes"], -row["accuracy"])
+    ):
+        if not found or row["accuracy"] > found[-1]["accuracy"]:
+            found.append(row)
+    return found
+
+
+def describe(row: dict) -> str:
+    values = f", values {row['value_dim']}" if row["value_dim"] else ""
+    return f"{NAMES[row['kind']][1]} {row['size']}{values}"
+
+
+def table(points: list[dict], rows: list[dict]) -> list[str]:
+    pairs = sorted(int(name.removeprefix("accuracy_")) for name in points[0] if name.startswith("accuracy_"))
+    lines = [
+        "| model | width | size | parameters | state, bytes | log2 | with weights in bf16 | learning rate | accuracy | "
+        + " | ".join(f"{n} pairs" for n in pairs)
+        + " |",
+        "|---" + "|---:" * (8 + len(pairs)) + "|",
+    ]
+    for row in points:
+        name = NAMES[row["kind"]][0]
+        tried = len({other["learning_rate"] for other in rows if all(other[x] == row[x] for x in MODEL)})
+        cells = [
+            name,
+            str(row["width"]),
+            describe(row),
+            f"{row['parameters']:,}",
+            f"{row['state_bytes']:,}",
+            f"{math.log2(row['state_bytes']):.1f}",
+            f"{row['state_bytes_bf16']:,}",
+            f"{row['learning_rate']:g} of {tried}",
+            f"**{row['accuracy']:.3f}**",
+            *(f"{row[f'accuracy_{n}']:.3f}" for n in pairs),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def comparisons(points: list[dict]) -> list[str]:
+    """Every model beside the best Based that keeps as few bytes or fewer."""
+    based = frontier(points, "based")
+    lines = []
+    for row in points:
+        smaller = [other for other in based if other["state_bytes"] <= row["state_bytes"]]
+        if row["kind"] == "based" or not smaller:
+            continue
+        ours = smaller[-1]
+        difference = ours["accuracy"] - row["accuracy"]
+        verdict = "above" if difference > 0 else "below" if difference else "level with"
+        name = NAMES[row["kind"]][0]
+        lines.append(
+            f"- Based with {ours['state_bytes']:,} bytes ({ours['accuracy']:.3f}) is {verdict} {name} with "
+            f"{row['state_bytes']:,} ({row['accuracy']:.3f}; width {row['width']}, {describe(row)})."
+        )
+    reached = [row for row in based if row["accuracy"] >= TARGET_ACCURACY]
+    if reached:
+        lines.append(
+            f"- Based reaches {TARGET_ACCURACY} with {reached[0]['state_bytes']:,} bytes, "
+            f"2^{math.log2(reached[0]['state_bytes']):.1f}; the aim was 2^{TARGET_BYTES}."
+        )
+    elif based:
+        lines.append(f"- No Based model here reaches {TARGET_ACCURACY}; the best has {based[-1]['accuracy']:.3f}.")
+    return lines
+
+
+def document(path: Path, rows: list[dict]) -> str:
+    points = best_rows(rows)
+    machines = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
+    trainings = sorted({f"{row['steps']:,} steps of {row['batch_size']} rows" for row in rows})
+    lines = [
+        f"# Recall over memory: {path.stem}",
+        "",
+        f"{len(rows)} models, {'; '.join(trainings)}; {'; '.join(machines)}. Written by "
+        "`examples/recall/frontier_report.py` from the CSV beside it.",
+        "",
+        f"![accuracy over bytes of state]({path.stem}.png)",
+        "",
+        "Accuracy: the mean over the tests, each counting alike. State: what the cache of the model holds for one "
+        "sequence, behind the longest test, in fp32 as it was trained and measured; and with weights in bf16, where "
+        "keys, values and inputs of convolutions take half, and the recurrent states stay fp32.",
+        "",
+        *table(points, rows),
+        "",
+        "## Beside Based",
+        "",
+        *comparisons(points),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(points: list[dict], path: Path, with_paper: bool) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print('No plot without matplotlib: pip install ".[plot]"')
+        return
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for number, (kind, (name, _)) in enumerate(NAMES.items()):
+        color, of_kind = f"C{number}", [row for row in points if row["kind"] == kind]
+        best = frontier(points, kind)
+        axis.plot([row["state_bytes"] for row in best], [row["accuracy"] for row in best], color=color)
+        if of_kind:
+            axis.scatter(
+                [row["state_bytes"] for row in of_kind], [row["accuracy"] for row in of_kind], color=color, label=name
+            )
+        if with_paper:
+            axis.plot(
+                [2**x for x, _ in PAPER[kind]],
+                [y for _, y in PAPER[kind]],
+                color=color,
+                marker="x",
+                linestyle=":",
+                alpha=0.5,
+                label=f"{name}, paper",
+            )
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="bytes of state for a sequence", ylabel="accuracy of recall", ylim=(0, 1.03))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(path: Path) -> None:
+    """Writes the .md and the .png beside the CSV `path`."""
+    rows = read_rows(path)
+    if not rows:
+        sys.exit(f"{path} has no rows yet.")
+    text = document(path, rows)
+    path.with_suffix(".md").write_text(text)
+    print(f"\n{text}")
+    # The paper's numbers are of the whole task.
+    plot(best_rows(rows), path.with_suffix(".png"), with_paper="accuracy_256" in rows[0])
+
+
+if __name__ == "__main__":
+    write_report(
+        Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "results" / "frontier.csv"
+    )

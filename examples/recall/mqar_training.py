@@ -1,0 +1,122 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""Trains one model on MQAR with transformers' Trainer and measures its accuracy by the number of pairs."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mqar import MQAR, TEST, TRAIN, VOCAB_SIZE, Setting, collate
+from mqar_models import Cell, make_config, state_bytes
+from torch import nn
+from transformers import AutoModelForCausalLM, EvalPrediction, Trainer, TrainingArguments, set_seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all models of a comparison are trained and tested on."""
+
+    train: tuple[Setting, ...] = TRAIN
+    test: tuple[Setting, ...] = TEST
+    vocab_size: int = VOCAB_SIZE
+    steps: int = 3000
+    batch_size: int = 256
+    test_rows: int = 256
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Of the longest test, where the state is measured."""
+        return max(setting.length for setting in self.test)
+
+
+class AtQueries(nn.Module):
+    """A causal language model that makes logits only where there is a label: all of them would be most of the work."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss, and the logits `[queries, vocabulary]` in the order of the labels, both `[B, T]`."""
+        hidden_states = self.model.base_model(input_ids, use_cache=False)[0][:, :-1]
+        is_asked = labels[:, 1:] != -100
+        logits = self.model.get_output_embeddings()(hidden_states[is_asked]).float()
+        return {"loss": nn.functional.cross_entropy(logits, labels[:, 1:][is_asked]), "logits": logits}
+
+
+def best_token(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What evaluation keeps of the logits."""
+    return logits.argmax(dim=-1)
+
+
+def accuracy_by_pairs(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of right answers among the rows with as many queries; their mean counts each number alike."""
+    is_asked = prediction.label_ids != -100
+    pairs = is_asked.sum(axis=1).repeat(is_asked.sum(axis=1))
+    is_right = prediction.predictions == prediction.label_ids[is_asked]
+    shares = {int(n): float(is_right[pairs == n].mean()) for n in np.unique(pairs)}
+    return {"accuracy": sum(shares.values()) / len(shares), **{f"accuracy_{n}": x for n, x in shares.items()}}
+
+
+def train(cell: Cell, task: Task, device: str) -> dict:
+    """A row of the results for `cell`. Raises `FloatingPointError` where the loss is no number at the end."""
+    set_seed(task.seed)
+    config = make_config(cell.kind, cell.width, cell.size, cell.value_dim, task.vocab_size)
+    model = AtQueries(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    on_gpu = device != "cpu"
+    test_batch = max(1, min(32, task.test_rows))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=task.steps,
+                learning_rate=cell.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+                weight_decay=0.1,
+                per_device_train_batch_size=1,
+                per_device_eval_batch_size=1,
+                bf16=on_gpu,
+                use_cpu=not on_gpu,
+                dataloader_pin_memory=False,
+                train_sampling_strategy="sequential",
+                eval_strategy="no",
+                save_strategy="no",
+                logging_steps=max(1, task.steps // 10),
+                disable_tqdm=True,
+                report_to="none",
+                seed=task.seed,
+            ),
+            data_collator=collate,
+            train_dataset=MQAR(task.train, task.steps, task.batch_size, task.vocab_size, task.seed + 1, device=device),
+            eval_dataset=MQAR(
+                task.test,
+                -(-task.test_rows // test_batch) * len(task.test),
+                test_batch,
+                task.vocab_size,
+                task.seed,
+                in_turn=True,
+            ),
+            compute_metrics=accuracy_by_pairs,
+            preprocess_logits_for_metrics=best_token,
+        )
+        start = time.perf_counter()
+        result = trainer.train()
+        seconds = time.perf_counter() - start
+        measured = trainer.evaluate()
+    if not np.isfinite(result.training_loss):
+        raise FloatingPointError(f"the loss of {cell} is {result.training_loss}")
+    return {
+        **cell._asdict(),
+        "seed": task.seed,
+        "steps": task.steps,
+        "parameters": model.model.num_parameters(),
+        "state_bytes": state_bytes(config, task.length),
+        "state_bytes_bf16": state_bytes(config, task.length, torch.bfloat16),
+        "loss": measured["eval_loss"],
+        **{name.removeprefix("eval_"): x for name, x in measured.items() if name.startswith("eval_accuracy")},
+        "seconds": seconds,
+    }

@@ -1,0 +1,228 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""The recall-memory frontier: trains many small models on MQAR and sets their accuracy beside the bytes of their state.
+
+    python examples/recall/run.py                                     all models, hours on a CPU, minutes on GPUs
+    python examples/recall/run.py --budget 360 --processes 16         what can be trained in 360 seconds
+    python examples/recall/run.py --quick                             Based and sliding windows, minutes on a CPU
+
+Models train at the same time, one in each process, the processes shared out over the GPUs. Every finished model is a
+row of the CSV; a run that is started again leaves out those that are there. The most telling models come first, at the
+learning rate that suits most of them, then again at the others. Writes the report at the end (frontier_report.py).
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as OutOfTime
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+import transformers
+from frontier_report import write_report
+from mqar import Setting
+from mqar_models import KINDS, Cell
+from mqar_training import Task, train
+
+
+HERE = Path(__file__).resolve().parent
+LEARNING_RATES = (3e-3, 1e-2, 1e-3)
+# Width, size and entries of a value. Based keeps features times values, whatever the width.
+POINTS = {
+    "mamba": [(256, 16, 0), (128, 16, 0), (256, 32, 0), (64, 16, 0)],
+    "based": [
+        *((128, 16, 64), (64, 16, 0), (128, 16, 80), (128, 24, 32), (128, 16, 0), (64, 8, 0), (128, 16, 32)),
+        *((128, 24, 0), (128, 8, 0), (48, 16, 0), (128, 8, 64), (64, 24, 0), (48, 8, 0), (48, 24, 0)),
+    ],
+    "sliding_window": [(128, window, 0) for window in (64, 256, 16, 128, 1024, 32, 512, 8)],
+    "attention": [(64, 1024, 0), (128, 1024, 0)],
+}
+QUICK_POINTS = {"based": [(64, 8, 0), (64, 16, 0)], "sliding_window": [(64, 16, 0), (64, 64, 0), (64, 128, 0)]}
+QUICK_TASK = Task(
+    train=(Setting(64, 4), Setting(64, 8), Setting(64, 16)),
+    test=(Setting(64, 4), Setting(64, 8), Setting(64, 16), Setting(128, 32), Setting(256, 64)),
+    vocab_size=512,
+    steps=800,
+    batch_size=64,
+    test_rows=128,
+)
+COMMON = ("seed", "steps", "batch_size", "parameters", "state_bytes", "state_bytes_bf16", "loss", "accuracy")
+LAST = ("seconds", "device", "torch", "transformers")
+
+
+def cells_in_order(points: dict[str, list], learning_rates: tuple[float, ...]) -> list[Cell]:
+    """All points at the first learning rate, then at the next; in each, the first point of every kind comes first."""
+    rows = [(rank, kind, point) for kind, of_kind in points.items() for rank, point in enumerate(of_kind)]
+    if "mamba" in points:
+        rows = [(0 if kind == "mamba" else rank, kind, point) for rank, kind, point in rows]
+    rows.sort(key=lambda row: (row[0], list(points).index(row[1])))
+    return [Cell(kind, *point, rate) for rate in learning_rates for _, kind, point in rows]
+
+
+class Table:
+    """The CSV of results: a row for each finished model, on the disk at once."""
+
+    def __init__(self, path: Path, task: Task):
+        self.path, self.task, self.lock = path, task, threading.Lock()
+        by_pairs = [f"accuracy_{setting.pairs}" for setting in task.test]
+        self.columns = [*Cell._fields, *COMMON, *by_pairs, *LAST]
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.rows = list(reader)
+            if reader.fieldnames != self.columns:
+                sys.exit(f"{path} has other columns than this run writes: choose another --output.")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(self.columns)
+
+    def __contains__(self, cell: Cell) -> bool:
+        task = {"seed": self.task.seed, "steps": self.task.steps, "batch_size": self.task.batch_size}
+        wanted = {name: str(x) for name, x in {**cell._asdict(), **task}.items()}
+        return any(wanted.items() <= row.items() for row in self.rows)
+
+    def append(self, row: dict) -> None:
+        row = {
+            name: f"{x:.5g}" if isinstance(x, float) and name != "learning_rate" else str(x) for name, x in row.items()
+        }
+        with self.lock, self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            self.rows.append(row)
+
+
+def prepare_process(device: str, threads: int) -> None:
+    """Before anything else in a process that trains."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    # What Trainer prints of each model would drown the progress.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if device != "cpu":
+        torch.cuda.set_device(device)
+
+
+def train_on(device: str, cell: Cell, task: Task) -> dict:
+    row = train(cell, task, device)
+    name = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
+    return {**row, "device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+class Sweep:
+    """Trains `cells`, each slot in a process of its own, until they are done or `budget` seconds are over."""
+
+    def __init__(self, cells: list[Cell], task: Task, table: Table, slots: list[str], budget: float, threads: int):
+        self.todo, self.total = list(cells), len(cells)
+        self.task, self.table, self.slots, self.threads = task, table, slots, threads
+        self.start, self.budget = time.perf_counter(), budget
+        self.done, self.failed = 0, []
+        self.longest: dict[str, float] = {}
+        self.lock = threading.Lock()
+
+    def left(self) -> float:
+        return self.budget - (time.perf_counter() - self.start)
+
+    def next_cell(self) -> Cell | None:
+        """The first that there seems to be time for; those of a kind that takes too long are left out."""
+        with self.lock:
+            for i, cell in enumerate(self.todo):
+                if self.longest.get(cell.kind, 0.0) < self.left():
+                    return self.todo.pop(i)
+        return None
+
+    def report(self, what: str) -> None:
+        print(f"[{time.perf_counter() - self.start:5.0f} s] {self.done}/{self.total} {what}", flush=True)
+
+    def run_slot(self, device: str) -> None:
+        def start():
+            return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process, (device, self.threads))
+
+        pool = start()
+        while cell := self.next_cell():
+            begin = time.perf_counter()
+            try:
+                row = pool.submit(train_on, device, cell, self.task).result(
+                    timeout=min(max(0.0, self.left()), threading.TIMEOUT_MAX)
+                )
+            except OutOfTime:
+                self.failed.append((cell, "no time left"))
+                kill(pool)
+                return
+            except Exception as error:
+                self.failed.append((cell, f"{type(error).__name__}: {error}".splitlines()[0]))
+                self.report(f"{cell}: FAILED, {self.failed[-1][1]}")
+                if isinstance(error, BrokenProcessPool):
+                    pool = start()
+                continue
+            self.table.append({**row, "batch_size": self.task.batch_size})
+            with self.lock:
+                self.done += 1
+                self.longest[cell.kind] = max(self.longest.get(cell.kind, 0.0), time.perf_counter() - begin)
+            self.report(f"{cell}: accuracy {row['accuracy']:.3f}, {row['state_bytes']:,} bytes, {row['seconds']:.0f} s")
+        pool.shutdown()
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self.run_slot, args=(device,)) for device in self.slots]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for cell in self.todo:
+            self.failed.append((cell, "not started"))
+
+
+def kill(pool: ProcessPoolExecutor) -> None:
+    for process in list(pool._processes.values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Accuracy of recall over bytes of state, for four kinds of models.")
+    parser.add_argument("--quick", action="store_true", help="a smaller task, Based and sliding windows only")
+    parser.add_argument("--output", type=Path, help="the CSV (default: results/frontier.csv or quick.csv beside this)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these (default: all)")
+    parser.add_argument("--learning-rates", nargs="+", type=float, help="in this order (default: 0.003 0.01 0.001)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what is not done then is left out")
+    parser.add_argument("--processes", type=int, help="models trained at once (default: 8 for each GPU, else 2)")
+    parser.add_argument("--steps", type=int, help="of training (default: 3000, or 800 with --quick)")
+    parser.add_argument("--batch-size", type=int, help="rows in a batch (default: 256, or 64 with --quick)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    points, task, rates = (
+        (QUICK_POINTS, QUICK_TASK, LEARNING_RATES[:1]) if args.quick else (POINTS, Task(), LEARNING_RATES)
+    )
+    changes = {name: x for name in ("steps", "batch_size") if (x := getattr(args, name)) is not None}
+    task = Task(**{**vars(task), **changes})
+    points = {kind: of_kind for kind, of_kind in points.items() if kind in (args.kinds or KINDS)}
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    processes = args.processes or (8 * len(gpus) if gpus != ["cpu"] else 2)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+
+    table = Table(args.output or HERE / "results" / ("quick.csv" if args.quick else "frontier.csv"), task)
+    cells = cells_in_order(points, tuple(args.learning_rates or rates))
+    todo = [cell for cell in cells if cell not in table]
+    print(
+        f"{len(todo)} models to train, {len(cells) - len(todo)} done before; {processes} at once on {', '.join(gpus)}."
+    )
+    slots = [gpus[i % len(gpus)] for i in range(min(processes, len(todo)))]
+    sweep = Sweep(todo, task, table, slots, args.budget, threads)
+    sweep.run()
+    for cell, reason in sweep.failed:
+        print(f"Left out: {cell}: {reason}")
+    if table.rows:
+        write_report(table.path)
+    if any("time" not in reason and "start" not in reason for _, reason in sweep.failed):
+        sys.exit("Some models failed, see above.")
+
+
+if __name__ == "__main__":
+    main()

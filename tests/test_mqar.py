@@ -1,0 +1,236 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""examples/recall: the task, the bytes of state, the training, the runner, and the report of what it measured."""
+
+import csv
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from programs import load_program, run_python
+from transformers import AutoModelForCausalLM, EvalPrediction
+
+
+run = load_program("examples/recall/run.py")
+mqar, models, training, report = (
+    sys.modules[name] for name in ("mqar", "mqar_models", "mqar_training", "frontier_report")
+)
+Setting, Cell = mqar.Setting, models.Cell
+
+
+@pytest.mark.parametrize("setting", [Setting(64, 16), Setting(43, 3), Setting(4, 1)], ids=str)
+def test_every_key_is_asked_once_for_its_value(setting):
+    batch = mqar.make_batch(setting, 7, 50, torch.Generator().manual_seed(1))
+    pairs = setting.pairs
+    assert batch["input_ids"].shape == batch["labels"].shape == (7, setting.length)
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+        keys, values = ids[0 : 2 * pairs : 2], ids[1 : 2 * pairs : 2]
+        assert len({*keys}) == len({*values}) == pairs
+        assert all(1 <= key < 25 <= value < 50 for key, value in zip(keys, values))
+        asked = [place for place, label in enumerate(labels) if label != -100]
+        assert min(asked) > 2 * pairs
+        # The token before the label is what it is predicted from.
+        assert sorted(ids[place - 1] for place in asked) == sorted(keys)
+        assert all(labels[place] == values[keys.index(ids[place - 1])] for place in asked)
+
+
+def test_gaps_follow_the_power_law():
+    batch = mqar.make_batch(Setting(42, 1), 40_000, 50, torch.Generator().manual_seed(0))
+    slots = ((batch["labels"] != -100).nonzero()[:, 1] - 3) // 2
+    weights = torch.arange(1, 21).double() ** -0.99
+    found = torch.bincount(slots, minlength=20) / len(slots)
+    assert len(found) == 20
+    # Four standard deviations of a count.
+    expected = weights / weights.sum()
+    assert ((found - expected).abs() < 4 * (expected / len(slots)).sqrt()).all()
+
+
+def test_a_batch_depends_on_its_number_alone():
+    settings = (Setting(16, 2, share=3), Setting(32, 2))
+    dataset = mqar.MQAR(settings, 400, 2, vocab_size=30, seed=5)
+    again = mqar.MQAR(settings, 400, 2, vocab_size=30, seed=5)
+    other = mqar.MQAR(settings, 400, 2, vocab_size=30, seed=6)
+    lengths = []
+    for i in range(400):
+        batch = dataset[i]
+        lengths.append(batch["input_ids"].shape[1])
+        assert torch.equal(again[i]["input_ids"], batch["input_ids"])
+    assert not torch.equal(dataset[0]["input_ids"][:, :16], dataset[1]["input_ids"][:, :16])
+    assert not torch.equal(dataset[0]["input_ids"][:, :16], other[0]["input_ids"][:, :16])
+    assert 260 < lengths.count(16) < 340
+    in_turn = mqar.MQAR(settings, 4, 2, vocab_size=30, in_turn=True)
+    assert [in_turn[i]["input_ids"].shape[1] for i in range(len(in_turn))] == [16, 32, 16, 32]
+
+
+def test_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="5 pairs and their queries need 20 tokens, not 19"):
+        Setting(19, 5)
+    with pytest.raises(ValueError, match="A vocabulary of 8 has 3 keys, 4 are needed"):
+        mqar.make_batch(Setting(16, 4), 1, 8, torch.Generator())
+    with pytest.raises(ValueError, match="Unknown model 'rwkv'"):
+        models.make_config("rwkv", 32, 8, 0, 50)
+
+
+# Bytes of an fp32 number times what each layer keeps, counted by hand behind 40 tokens at a width of 32.
+@pytest.mark.parametrize(
+    ("kind", "size", "value_dim", "state", "halves"),
+    [
+        ("based", 8, 0, 33 * 48, 2 * 64),
+        ("based", 16, 24, 25 * 160, 2 * 64),
+        ("sliding_window", 9, 0, 0, 2 * 64 + 2 * 8 * 32),
+        ("attention", 40, 0, 0, 2 * 2 * 40 * 32),
+        ("mamba", 8, 0, 2 * 64 * 8, 2 * 64 * 4),
+    ],
+)
+def test_state_bytes(kind, size, value_dim, state, halves):
+    config = models.make_config(kind, 32, size, value_dim, 50)
+    assert config.num_hidden_layers == 2
+    # Where transformers keeps the length of a cache as a tensor.
+    slack = 16
+    assert 0 <= models.state_bytes(config, 40) - 4 * (state + halves) <= slack
+    assert 0 <= models.state_bytes(config, 40, torch.bfloat16) - (4 * state + 2 * halves) <= slack
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_the_loss_is_that_of_the_model(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(models.make_config(kind, 32, 8, 0, 50), dtype=torch.float32)
+    batch = mqar.make_batch(Setting(33, 3), 2, 50, torch.Generator().manual_seed(0))
+    output = model(**batch)
+    ours = training.AtQueries(model)(**batch)
+    torch.testing.assert_close(ours["loss"], output.loss)
+    is_asked = batch["labels"][:, 1:] != -100
+    torch.testing.assert_close(ours["logits"], output.logits[:, :-1][is_asked])
+    assert output.loss.item() > 1
+
+
+def test_accuracy_by_pairs():
+    labels = [[-100, 5, -100, -100], [-100, 6, -100, 7], [8, -100, 9, -100], [-100, -100, -100, 5]]
+    predictions = torch.tensor([5, 6, 1, 8, 2, 1])
+    found = training.accuracy_by_pairs(EvalPrediction(predictions.numpy(), torch.tensor(labels).numpy()))
+    assert found == {"accuracy": 0.5, "accuracy_1": 0.5, "accuracy_2": 0.5}
+    found = training.accuracy_by_pairs(EvalPrediction(predictions.clamp_max(5).numpy(), torch.tensor(labels).numpy()))
+    assert found == {"accuracy": 0.25, "accuracy_1": 0.5, "accuracy_2": 0.0}
+
+
+def test_based_learns_to_recall_and_a_window_does_not():
+    """What is asked lies up to 30 tokens back, the window is of 2: it can only guess, one value in 16 as it were."""
+    setting = (Setting(32, 2),)
+    task = training.Task(train=setting, test=setting, vocab_size=32, steps=220, batch_size=32, test_rows=100)
+    based, window = (
+        training.train(Cell(kind, 32, size, 0, 1e-2), task, "cpu")
+        for kind, size in (("based", 8), ("sliding_window", 2))
+    )
+    assert based["accuracy"] == based["accuracy_2"] > 0.9
+    assert window["accuracy"] < 0.5
+    assert based.keys() == window.keys()
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    """Runs the program with trainings that take no time: accuracy is the learning rate; these cells fail or end."""
+
+    def call(*options, fails=(), trained=None):
+        def train_on(device, cell, task):
+            if trained is not None:
+                trained.append(cell)
+            if cell.size in fails:
+                raise FloatingPointError("the loss is no number\nat all")
+            names = [*run.COMMON, *(f"accuracy_{setting.pairs}" for setting in task.test)]
+            row = {**dict.fromkeys(names, 1), **cell._asdict(), "state_bytes": 100 * cell.size, "steps": task.steps}
+            row |= {"accuracy": cell.learning_rate, "seed": 0, "seconds": 0.5}
+            return row | {"device": "CPU", "torch": "1", "transformers": "2"}
+
+        monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, *others: ThreadPoolExecutor(n))
+        monkeypatch.setattr(run, "train_on", train_on)
+        run.main(["--quick", "--output", str(tmp_path / "quick.csv"), *options])
+
+    return call
+
+
+def test_a_run_goes_on_where_it_ended(sweep, tmp_path, capsys):
+    first, second, third = [], [], []
+    with pytest.raises(SystemExit, match="Some models failed"):
+        sweep(fails=[16], trained=first)
+    output = capsys.readouterr().out
+    assert len(first) == 5
+    assert "2/5 sliding_window" in output
+    # One of each kind has this size.
+    assert output.count("FAILED, FloatingPointError: the loss is no number\n") == 2
+    assert "Left out: based width 64 size 16 lr 0.003: FloatingPointError: the loss is no number\n" in output
+    sweep(trained=second)
+    assert sorted(second) == sorted(cell for cell in first if cell.size == 16)
+    sweep("--learning-rates", "0.003", "0.5", "--kinds", "based", trained=third)
+    assert [cell.learning_rate for cell in third] == [0.5, 0.5]
+    with (tmp_path / "quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7
+    assert {row["device"] for row in rows} == {"CPU"}
+    assert (tmp_path / "quick.png").read_bytes().startswith(b"\x89PNG")
+    assert "0.5 of 2" in (tmp_path / "quick.md").read_text()
+
+
+def test_without_time_nothing_is_started(sweep, capsys, tmp_path):
+    trained = []
+    sweep("--budget", "-1", trained=trained)
+    assert trained == []
+    assert capsys.readouterr().out.count("not started") == 5
+    assert not (tmp_path / "quick.md").exists()
+
+
+def test_refuses_a_table_of_another_task(sweep, tmp_path):
+    (tmp_path / "quick.csv").write_text("kind,width\n")
+    with pytest.raises(SystemExit, match=r"quick.csv has other columns .* choose another --output"):
+        sweep()
+
+
+def test_most_telling_first():
+    cells = run.cells_in_order(run.POINTS, run.LEARNING_RATES)
+    assert len({*cells}) == len(cells)
+    assert {cell.kind for cell in cells[:8]} == {*models.KINDS}
+    assert [cell.learning_rate for cell in cells] == sorted(
+        (x.learning_rate for x in cells), key=run.LEARNING_RATES.index
+    )
+
+
+def test_one_command_trains_in_processes_and_reports(tmp_path):
+    options = ("--kinds", "based", "--steps", "2", "--batch-size", "2", "--processes", "2")
+    output = run_python("examples/recall/run.py", "--quick", "--output", tmp_path / "quick.csv", *options).stdout
+    assert "2 models to train, 0 done before; 2 at once on cpu." in output
+    assert (
+        len(re.findall(r"^\[ *\d+ s\] [12]/2 based width 64 size (?:8|16) lr 0.003: accuracy 0.0", output, re.M)) == 2
+    )
+    assert report.read_rows(tmp_path / "quick.csv")[0]["steps"] == 2
+
+
+def rows_of(*points):
+    names = ("kind", "state_bytes", "accuracy", "learning_rate")
+    same = {"width": 64, "value_dim": 0, "parameters": 10, "state_bytes_bf16": 5, "steps": 3, "batch_size": 4}
+    same |= {"device": "a GPU", "torch": "1", "transformers": "2"}
+    rows = [{**same, **dict(zip(names, point))} for point in points]
+    return [{**row, "size": row["state_bytes"], "accuracy_4": row["accuracy"]} for row in rows]
+
+
+def test_report_says_who_is_above(tmp_path):
+    rows = rows_of(
+        ("based", 1000, 0.5, 1e-3),
+        ("based", 1000, 0.8, 1e-2),
+        ("based", 4000, 0.98, 1e-2),
+        ("based", 5000, 0.7, 1e-2),
+        ("mamba", 500, 0.1, 1e-2),
+        ("mamba", 4500, 0.99, 1e-2),
+        ("sliding_window", 3999, 0.7, 1e-2),
+    )
+    text = report.document(tmp_path / "some.csv", rows)
+    assert "Based with 4,000 bytes (0.980) is below Mamba with 4,500 (0.990" in text
+    assert "Based with 1,000 bytes (0.800) is above sliding window with 3,999 (0.700" in text
+    # Nothing is as small.
+    assert "with 500 (" not in text
+    assert "Based reaches 0.97 with 4,000 bytes, 2^12.0" in text
+    assert "| 0.01 of 2 | **0.800** |" in text
+    assert "**0.500**" not in text
+    best = report.best_rows(rows)
+    assert [row["accuracy"] for row in report.frontier(best, "based")] == [0.8, 0.98]
+    none = report.document(tmp_path / "some.csv", rows_of(("based", 1000, 0.5, 1e-3)))
+    assert "No Based model here reaches 0.97; the best has 0.500" in none
