@@ -63,6 +63,8 @@ def make_task(name: str, folder: Path | None):
         task_class = LocalTask
     task = task_class()
     task._config.task = name
+    # As in the paper. Of lm-eval's own, squad_completion takes the library's defaults, 256 tokens past a line's end.
+    task._config.generation_kwargs = {"until": ["\n"], "max_gen_toks": 48}
     return task
 
 
