@@ -2,17 +2,19 @@
 """examples/recall: the task, the bytes of state, the training, the runner, and the report of what it measured."""
 
 import csv
+import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from programs import load_program, run_python
+from programs import ROOT, load_program, run_python
 from transformers import AutoModelForCausalLM, EvalPrediction
 
 
 run = load_program("examples/recall/run.py")
+dial = load_program("examples/recall/dial_report.py")
 mqar, models, training, report = (
     sys.modules[name] for name in ("mqar", "mqar_models", "mqar_training", "frontier_report")
 )
@@ -234,3 +236,37 @@ def test_report_says_who_is_above(tmp_path):
     assert [row["accuracy"] for row in report.frontier(best, "based")] == [0.8, 0.98]
     none = report.document(tmp_path / "some.csv", rows_of(("based", 1000, 0.5, 1e-3)))
     assert "No Based model here reaches 0.97; the best has 0.500" in none
+
+
+def test_dials_agree_with_the_benchmark(tmp_path):
+    """The state that is computed for the released settings is what benchmark_generation.py measured, its limit too."""
+    rows = rows_of(("based", 1000, 0.8, 1e-2), ("sliding_window", 3999, 0.7, 1e-2))
+    generation = json.loads((ROOT / "examples" / "results" / "generation.json").read_text())
+    text = dial.document(rows, generation)
+    assert "| `linear_feature_dim` | 64 | 1000 | 1,000 | 0.800 | 0.800 | 0.800 |" in text
+    for cell in generation["cells"]:
+        if cell["model"] == "based":
+            measured = [x for x in generation["models"] if (x["shape"], x["model"]) == (cell["shape"], "based")]
+            pattern = rf"^\| 16 \| 65 \| {measured[0]['bytes_per_sequence']:,} \|.* {cell['limit_ms']:.2f} \|"
+            assert re.search(pattern, text, re.M), cell
+            assert f"{cell['tokens_per_second']:,.0f} tokens/s at batch {cell['batch']:,}" in text
+    # 25 * 26 / 2 features in place of 17 * 18 / 2, each rounded up to a multiple of 8.
+    sizes = [dial.state_parts(dial.BasedConfig(linear_feature_dim=size)) for size in (16, 24)]
+    assert sizes[1]["linear_attention"] / sizes[0]["linear_attention"] == 328 / 160
+    generation["models"][0]["bytes_per_sequence"] += 1
+    with pytest.raises(SystemExit, match="not the released setting"):
+        dial.document(rows, generation)
+
+
+def test_dials_are_written_by_one_command(tmp_path, capsys):
+    frontier = tmp_path / "frontier.csv"
+    with pytest.raises(SystemExit, match=r"There is no .*frontier.csv: run.py writes it"):
+        dial.main(["--frontier", str(frontier)])
+    rows = [{**row, "seed": 0, "loss": 1.0, "seconds": 1.0} for row in rows_of(("based", 1000, 0.8, 1e-2))]
+    with frontier.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    dial.main(["--frontier", str(frontier), "--output", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "dial.md").exists()
+    assert (tmp_path / "new" / "dial.png").read_bytes().startswith(b"\x89PNG")

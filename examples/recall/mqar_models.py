@@ -8,6 +8,7 @@ attention        Llama                                                   size: t
 mamba            Mamba, as transformers has it                           size: `state_size`
 """
 
+import copy
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -76,6 +77,10 @@ def state_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype = torc
     What the cache of a model in `dtype` holds for one sequence of `length` tokens, the last of them read in a step of
     its own. A recurrent state is fp32 in any case.
     """
+    if config.model_type == "mamba":
+        # mambapy's scan takes fp32 only.
+        config = copy.copy(config)
+        config.use_mambapy = False
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ids = torch.zeros(1, length, dtype=torch.long)
     name = "cache_params" if config.model_type == "mamba" else "past_key_values"

@@ -79,7 +79,9 @@ def train(cell: Cell, task: Task, device: str) -> dict:
                 weight_decay=0.1,
                 per_device_train_batch_size=1,
                 per_device_eval_batch_size=1,
-                bf16=on_gpu,
+                # Mamba's plain scan mixes dtypes that autocast leaves apart.
+                bf16=on_gpu and cell.kind != "mamba",
+                tf32=True if on_gpu else None,
                 use_cpu=not on_gpu,
                 dataloader_pin_memory=False,
                 train_sampling_strategy="sequential",
