@@ -121,7 +121,17 @@ def test_positions_may_start_anywhere(model, monkeypatch):
     assert_as_good(got, alone(model, rows), exact(model, rows, monkeypatch), 1e-5)
 
 
+@pytest.fixture
+def in_fixed_order():
+    """On a GPU, plain PyTorch adds up gradients in whatever order its blocks end, unless it is told not to."""
+    torch.use_deterministic_algorithms(DEVICE == "cuda", warn_only=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("changed", [0, 1, 2])
+@pytest.mark.usefixtures("in_fixed_order")
 def test_perturbing_one_document_leaves_the_gradients_of_the_others_alone(tiny_model, backend, changed):
     """Bitwise."""
     few = backend == "triton" and DEVICE == "cpu"
@@ -135,9 +145,7 @@ def test_perturbing_one_document_leaves_the_gradients_of_the_others_alone(tiny_m
 
     def gradient(x):
         x = x.clone().requires_grad_()
-        # On a GPU, the other backward of PyTorch's attention adds in whatever order its blocks end.
-        with sdpa_kernel(SDPBackend.MATH):
-            model(inputs_embeds=x, use_cache=False, num_items_in_batch=1, **batch).loss.backward()
+        model(inputs_embeds=x, use_cache=False, num_items_in_batch=1, **batch).loss.backward()
         return x.grad[0]
 
     other = torch.where(here[:, None], embeds.roll(1, dims=1) * 1.5, embeds)
@@ -159,15 +167,14 @@ def test_padding_packing_and_single_documents_reach_the_same_loss(model, side, m
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("in_fixed_order")
 def test_gradient_checkpointing(model, reentrant):
     rows = document_rows(LENGTHS)
     batch = flatten(rows, return_flash_attn_kwargs=True)
-    # See above.
-    with sdpa_kernel(SDPBackend.MATH):
-        loss, expected = backward(model, [batch], targets(rows))
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        again, found = backward(model, [batch], targets(rows))
+    loss, expected = backward(model, [batch], targets(rows))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again, found = backward(model, [batch], targets(rows))
     assert again == loss
     # The kernels add up the residual stream otherwise where layers are checkpointed.
     tolerance = 1e-6 if DEVICE == "cuda" else 0
