@@ -44,7 +44,7 @@ except ImportError:
     sys.exit('examples/finetune.py needs the `datasets` library: pip install ".[train]"')
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_MODEL = ROOT / "tests" / "reference" / "based-tiny"
+SMALL_MODEL = ROOT / "examples" / "small_checkpoint"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -173,7 +173,7 @@ def load_again(args: argparse.Namespace):
         return BasedForCausalLM.from_pretrained(args.output_dir)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(BasedForCausalLM.from_pretrained(args.model), args.output_dir)
+    return PeftModel.from_pretrained(BasedForCausalLM.from_pretrained(args.model, dtype=args.dtype), args.output_dir)
 
 
 @torch.no_grad()
@@ -224,6 +224,9 @@ def draw(history: list[dict[str, float]], path: Path) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tunes a Based model.")
     parser.add_argument("--model", default=str(SMALL_MODEL), help="folder or Hub id, in either layout")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; bfloat16 loses small steps (auto: as saved)"
+    )
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the model's own, else bytes)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/finetuned"))
     parser.add_argument("--seed", type=int, default=0)
@@ -306,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     options = training_arguments(args)
     if args.packing and options.n_gpu > 1:
         sys.exit("Packed batches cannot be split over GPUs: start with `accelerate launch` in place of `python`.")
-    model = BasedForCausalLM.from_pretrained(args.model)
+    model = BasedForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     tokenizer = find_tokenizer(args.tokenizer, args.model, model.config.vocab_size)
     with options.main_process_first(desc="reading the texts"):
         pieces = cut_in_pieces(read_texts(args), tokenizer, args)

@@ -1,10 +1,10 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Based in two minutes: converts an original checkpoint, generates with it, and weighs its state.
+"""Based in two minutes: takes a checkpoint, generates with it, and weighs its state.
 
     python examples/quickstart.py
 
-Takes hazyresearch/based-360m when the Hub answers, else the small checkpoint of the tests, which knows no language: its
-weights are random, and it has no tokenizer.
+Takes hazyresearch/based-360m when the Hub answers, and converts it; else examples/small_checkpoint, which is of 3.5
+million parameters and knows the King James Bible.
 """
 
 import contextlib
@@ -26,18 +26,12 @@ import transformers_based  # noqa: F401 (tells the Auto classes about Based)
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_MODEL, HUB_TOKENIZER = "hazyresearch/based-360m", "openai-community/gpt2"
-SMALL_MODEL = ROOT / "tests" / "reference" / "based-tiny"
+SMALL_MODEL = ROOT / "examples" / "small_checkpoint"
 PATIENCE = 4  # seconds for the Hub to answer
 PROMPTS = ["The capital of France is", "Linear attention reads a long text and", "Once upon a time, in a small house"]
+SMALL_PROMPTS = ["And it came to pass", "In the beginning God", "And Moses said unto the people of Israel"]
 NEW_TOKENS = 40
 LENGTHS = (100, 2_000)
-
-
-class TokenIds:
-    """Stands in for a tokenizer where there is none: a token reads as its number."""
-
-    def decode(self, ids, **kwargs) -> str:
-        return " ".join(str(int(i)) for i in ids) + " "
 
 
 class FirstRowStreamer(TextStreamer):
@@ -67,25 +61,22 @@ def random_ids(model, shape: tuple[int, int]) -> torch.Tensor:
     return torch.randint(model.config.unpadded_vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def generate(model, tokenizer) -> float:
+def generate(model, tokenizer, prompts: list[str]) -> float:
     """Generates for a batch, the first row as a visible stream, prints all of it, and returns tokens per second."""
-    if tokenizer is None:
-        tokenizer, ids = TokenIds(), random_ids(model, (len(PROMPTS), 12))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    else:
-        tokenizer.pad_token = tokenizer.eos_token
-        inputs = dict(tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left"))
+    tokenizer.pad_token = tokenizer.eos_token
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
     options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 
     print("Row 1, as it comes:\n")
     start = time.perf_counter()
-    output = model.generate(**inputs, **options, streamer=FirstRowStreamer(tokenizer))
+    output = model.generate(**inputs, **options, streamer=FirstRowStreamer(tokenizer, skip_special_tokens=True))
     seconds = time.perf_counter() - start
     print("\nThe whole batch:\n")
     for i, (row, exists) in enumerate(zip(output, inputs["attention_mask"].bool()), 1):
         prompt, answer = tokenizer.decode(row[:length][exists]), tokenizer.decode(row[length:])
-        print(f"  {i}. {prompt.strip()} | {answer.strip()}")
+        print(f"  {i}. {prompt.strip()} | {' '.join(answer.split())}")
     return len(output) * NEW_TOKENS / seconds
 
 
@@ -139,24 +130,22 @@ def print_table(model, tokens_per_second: float) -> None:
 def main() -> None:
     logging.disable_progress_bar()
     print(f"Asking the Hub for {HUB_MODEL} ...", flush=True)
-    source, tokenizer = HUB_MODEL, None
     if hub_answers():
-        tokenizer = AutoTokenizer.from_pretrained(HUB_TOKENIZER)
+        prompts, tokenizer = PROMPTS, AutoTokenizer.from_pretrained(HUB_TOKENIZER)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "based"
+            command = [sys.executable, "conversion/convert_checkpoint.py", HUB_MODEL, str(output)]
+            print(f"\n$ python {' '.join(command[1:])}", flush=True)
+            if subprocess.run(command, cwd=ROOT).returncode:
+                sys.exit("The conversion failed, see above.")
+            model = AutoModelForCausalLM.from_pretrained(output).eval()
     else:
         source = SMALL_MODEL.relative_to(ROOT)
-        print(
-            f"  No answer: taking the small checkpoint {source}. Its weights are random and it has no\n"
-            "  tokenizer, so that prompts and answers below are token ids without meaning."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "based"
-        command = [sys.executable, "conversion/convert_checkpoint.py", str(source), str(output)]
-        print(f"\n$ python {' '.join(command[1:])}", flush=True)
-        if subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit("The conversion failed, see above.")
-        model = AutoModelForCausalLM.from_pretrained(output).eval()
+        print(f"  No answer: taking {source}, which was trained on the King James Bible alone.")
+        prompts, tokenizer = SMALL_PROMPTS, AutoTokenizer.from_pretrained(SMALL_MODEL)
+        model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL).eval()
     print(f"\nLoaded a {type(model).__name__} of {model.num_parameters():,} parameters, {model.dtype}.\n")
-    print_table(model, generate(model, tokenizer))
+    print_table(model, generate(model, tokenizer, prompts))
 
 
 if __name__ == "__main__":

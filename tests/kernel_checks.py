@@ -26,13 +26,13 @@ def rms_error(x, oracle):
     return ((x.double() - oracle).square().mean() / oracle.square().mean()).sqrt().item()
 
 
-def assert_exact(ours, plain, oracle):
-    """Ours is as near to the float64 oracle as plain PyTorch in the same dtype, and a tolerance."""
+def assert_exact(ours, plain, oracle, luck=1):
+    """Ours is as near to the float64 oracle as plain PyTorch in the same dtype, `luck` times, and a tolerance."""
     assert ours.shape == oracle.shape
     assert ours.dtype == plain.dtype
     assert oracle.dtype == torch.float64
     assert torch.isfinite(ours).all()
-    error, allowed = rms_error(ours, oracle), rms_error(plain, oracle) + TOLERANCE[ours.dtype]
+    error, allowed = rms_error(ours, oracle), luck * rms_error(plain, oracle) + TOLERANCE[ours.dtype]
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
     assert allowed < 0.1, "zeros would pass"
 

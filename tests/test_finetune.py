@@ -18,6 +18,7 @@ from transformers_based import BasedForCausalLM
 
 
 finetune = load_program("examples/finetune.py")
+REFERENCE = ROOT / "tests" / "reference" / "based-tiny"
 SHORT = ("--block-size", "48", "--batch-size", "3", "--max-steps", "6", "--eval-steps", "4")
 
 
@@ -30,8 +31,9 @@ def cache(tmp_path, monkeypatch):
 def run(tmp_path, capsys):
     """Runs the program into the folder `output`; gives the losses before, after and by the saved model."""
 
-    def call(*arguments, output="output"):
-        finetune.main([*map(str, arguments), "--output-dir", str(tmp_path / output)])
+    def call(*arguments, output="output", model=REFERENCE):
+        named = ["--model", str(model)] if model is not None else []
+        finetune.main([*named, *map(str, arguments), "--output-dir", str(tmp_path / output)])
         printed = capsys.readouterr().out
         assert "It goes on like this:\nBased is" in printed
         assert (tmp_path / output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -120,11 +122,20 @@ def test_lora_targets(run, tmp_path):
     assert all(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)
 
 
+def test_the_small_checkpoint_by_default(run, tmp_path):
+    """Its own tokenizer, and fp32 while it is trained; a text that it has never seen."""
+    before, after, again = run("--train-file", ROOT / "LICENSE", *SHORT, "--max-steps", "20", model=None)
+    assert after < before - 0.2
+    assert again == pytest.approx(after, rel=1e-3)
+    assert (tmp_path / "output" / "tokenizer.json").exists()
+    assert BasedForCausalLM.from_pretrained(tmp_path / "output").dtype == torch.float32
+
+
 def test_with_a_tokenizer_then_in_bf16_from_its_own_output(run, tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     arguments = ("--train-file", ROOT / "LICENSE", *SHORT)
     first = run(*arguments, "--tokenizer", tmp_path / "tokenizer")
-    second = run(*arguments, "--model", tmp_path / "output", "--bf16", output="again")
+    second = run(*arguments, "--bf16", output="again", model=tmp_path / "output")
     assert (tmp_path / "again" / "tokenizer.json").exists()
     assert second[0] == pytest.approx(first[-1], rel=1e-2)
     assert second[-1] < second[0]

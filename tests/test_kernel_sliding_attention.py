@@ -156,7 +156,9 @@ def compare(case, window, scale=None, d_output=None):
     assert_exact(ours[0], plain[0], exact[0])
     for got, other, want in zip(ours[1], plain[1], exact[1]):
         if rms_error(torch.zeros_like(want), want + 1) > 1e-12 and want.abs().max() > 1e-9:
-            assert_exact(got, other, want)
+            # The roundings of a few dozen numbers are a matter of luck: three standard deviations of their mean square.
+            luck = 1 + 3 / want.numel() ** 0.5 if got.dtype != torch.float32 else 1
+            assert_exact(got, other, want, luck)
         else:
             # a window of one token: no score matters
             assert got.abs().max() < 1e-2 * d_output.abs().max()

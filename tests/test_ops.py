@@ -132,8 +132,11 @@ def test_weights_inside_of_something_larger_stay_there():
 
 
 def labels_of(ids, attention_mask=None, **inputs):
-    """What stands where no token exists is nobody's concern."""
-    return ids if attention_mask is None else ids.masked_fill(attention_mask == 0, -100)
+    """What stands where no token exists is nobody's concern, nor what is foretold there: the first token of a row."""
+    if attention_mask is None:
+        return ids
+    follows = attention_mask * nn.functional.pad(attention_mask[:, :-1], (1, 0), value=1)
+    return ids.masked_fill(follows == 0, -100)
 
 
 def loss_and_gradients(model, ids, **inputs):

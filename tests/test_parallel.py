@@ -215,6 +215,7 @@ def test_accelerate_launches_the_finetuning(tmp_path, config):
         *("-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"),
         *(("tests/accelerate_on_cpu.py",) if config != "ddp" else ()),
         *("examples/finetune.py", "--train-file", ROOT / "LICENSE", "--output-dir", output),
+        *("--model", ROOT / "tests" / "reference" / "based-tiny"),
         *("--max-steps", "20", "--save-steps", "20", "--block-size", "64", "--held-out", "0.095"),
         *("--batch-size", "4", "--accumulate", "2"),
         ACCELERATE_USE_CPU="true",

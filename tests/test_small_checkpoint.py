@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""examples/train_small_checkpoint.py on a text of some chapters."""
+"""examples/train_small_checkpoint.py on a text of some chapters, and the checkpoint that it made of the whole one."""
 
 import json
 import math
@@ -7,13 +7,14 @@ import re
 
 import pytest
 import torch
-from programs import load_program
+from programs import ROOT, load_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transformers_based  # noqa: F401 (tells the Auto classes about Based)
 
 
 program = load_program("examples/train_small_checkpoint.py")
+CHECKPOINT = ROOT / "examples" / "small_checkpoint"
 LETTERS = "In the beginning was the word; and the sea, and all that is in it."
 
 
@@ -92,3 +93,24 @@ def test_refuses_in_a_line(content, message, tmp_path):
         program.main(["--text", str(path), "--output", str(tmp_path / "output")])
     assert re.search(message, error.value.code)
     assert not (tmp_path / "output").exists()
+
+
+USUAL = """
+    the and of to that in he shall unto for i his a lord they be is him not them it with all thou thy was god which
+    my me said but ye their have will thee from as are when this out were upon man by you israel king son up there had
+    people came then house into her come one on before your also day an so against shalt let go we at land
+"""
+
+
+@pytest.mark.parametrize("prompt", ["And it came to pass", "The king said unto"])
+def test_the_checkpoint_of_this_repository_writes_english(prompt):
+    """Recognisable: most of its words are among the most usual of its text, and they vary."""
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 8e6
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    output = model.generate(ids, do_sample=False, max_new_tokens=60)
+    words = re.findall(r"[a-z']+", tokenizer.decode(output[0, ids.shape[1] :]).lower())
+    assert len(words) > 20
+    assert sum(word in USUAL.split() for word in words) > len(words) / 2
+    assert len({*words}) > 8
