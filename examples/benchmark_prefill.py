@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
-from benchmark_run import LeftOut, Models, Run
+from benchmark_run import LeftOut, Models, Run, run_cells
 from benchmark_tools import (
     RESULTS,
     Wrong,
@@ -40,7 +40,6 @@ from benchmark_tools import (
     weight_bytes,
 )
 from model_shapes import CONFIGS, SHAPES, based_config, build
-from transformers.utils import logging
 
 
 MODES = {"": "", "without cache": ", no cache", "compiled": ", compiled, no cache"}
@@ -302,14 +301,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    failures = None
-    if not args.plot_only:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        run = PrefillRun(args)
-        run.all()
-        run.write()
-        failures = run.failures()
+    failures = run_cells(args, PrefillRun)
     write_report(args.output, "prefill", table, panels)
     sys.exit(failures)
 

@@ -11,6 +11,7 @@ import torch
 from benchmark_tools import Wrong, machine, release_memory
 from model_shapes import CONFIGS, build
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 
 class LeftOut(Exception):
@@ -114,3 +115,15 @@ class Run:
         """For `sys.exit`: cells that did not end for want of time or memory."""
         failed = [cell for cell in self.results["left_out"] if cell["reason"].startswith("failed")]
         return f"{len(failed)} cells failed: see above and the list of what was left out." if failed else None
+
+
+def run_cells(args: argparse.Namespace, kind: type[Run]) -> str | None:
+    """All cells of a run, unless only the report of an earlier one is wanted; what failed, for the exit status."""
+    if args.plot_only:
+        return None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    run = kind(args)
+    run.all()
+    run.write()
+    return run.failures()

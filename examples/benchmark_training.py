@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
-from benchmark_run import LeftOut, Models, Run
+from benchmark_run import LeftOut, Models, Run, run_cells
 from benchmark_tools import (
     RESULTS,
     Wrong,
@@ -44,7 +44,6 @@ from benchmark_tools import (
 from model_shapes import CONFIGS, SHAPES, based_config, build
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import logging
 
 
 KINDS = ("based", "llama")
@@ -293,14 +292,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    failures = None
-    if not args.plot_only:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        run = TrainingRun(args)
-        run.all()
-        run.write()
-        failures = run.failures()
+    failures = run_cells(args, TrainingRun)
     write_report(args.output, "training", table, panels)
     sys.exit(failures)
 

@@ -3,28 +3,22 @@
 
     PYTHONPATH=kernels/torch-ext:src python kernels/benchmarks/benchmark_sliding_attention.py [--output FOLDER]
 
-Beside it: the plain PyTorch of the model, eager and compiled: rotary, and SDPA on blocks of the window with their mask,
-which is made beforehand. CUDA events, launches from Python included. Limit: a device copy, counting bytes read and
-written, measured here; what the kernels move counts once: query, key, value and output forward; all of these, the
+Beside it: the plain PyTorch of the model, eager and compiled (sequence_ops.py): rotary, and SDPA on blocks of the
+window with their mask, which is made beforehand. Bytes: query, key, value and output forward; all of these, the
 gradient of the output and three gradients backward.
 """
 
-import argparse
-import json
-import pathlib
-
 import torch
-import triton
-from benchmark_step_ops import MODEL, copy_bandwidth, drawing, is_right, relative, rotate, wide
+from benchmark_step_ops import MODEL, drawing, rotate, wide
+from sequence_ops import errors, run
 from torch.nn import functional as F
-from triton.testing import do_bench
 
 from based_kernels import sliding_attention
 from transformers_based import BasedConfig
 from transformers_based.modeling_based import _MIN_BLOCK, _block_mask, _cut_in_blocks
 
 
-SHAPES = ((16, 2048), (4, 8192), (1, 65536))
+SIZE = {name: getattr(MODEL, name) for name in ("heads", "kv_heads", "head_dim")}
 
 
 def make(draw, B, T, heads=MODEL.heads, kv_heads=MODEL.kv_heads, head_dim=MODEL.head_dim):
@@ -63,22 +57,15 @@ def plain(query, key, value, cos, sin, mask, window=MODEL.window):
     return output.transpose(1, 2).reshape(B, -1, *output.shape[1::2])[:, :T]
 
 
-def with_gradients(function, inputs, more, d_output):
-    """-> output and the gradients of query, key and value."""
-    output = function(*inputs, *more)
-    return output, *torch.autograd.grad(output, inputs, d_output.to(output.dtype))
+def prepare(draw, B, T, **sizes):
+    """-> inputs, angles and mask, and the gradient of the output."""
+    inputs = make(draw, B, T, **sizes)
+    return inputs, (*angles(inputs), mask_of(inputs)), draw(*inputs[0].shape)
 
 
 def verify(function, device="cuda", B=2, T=301, **sizes):
     """[errors of `function`, errors of plain PyTorch] against the plain form in float64, for output and gradients."""
-    inputs = make(drawing(device), B, T, **sizes)
-    cos, sin = angles(inputs)
-    d_output = torch.randn(inputs[0].shape, device=device).to(inputs[0].dtype)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    mask = mask_of(inputs)
-    want = with_gradients(plain, exact, (cos.double(), sin.double(), mask), d_output)
-    results = (with_gradients(f, inputs, (cos, sin, mask), d_output) for f in (function, plain))
-    return [[relative(a, b) for a, b in zip(result, want)] for result in results]
+    return errors((function, plain), plain, *prepare(drawing(device), B, T, **sizes))
 
 
 def bytes_moved(B, T, heads, kv_heads, head_dim, size=2):
@@ -88,75 +75,14 @@ def bytes_moved(B, T, heads, kv_heads, head_dim, size=2):
     return 2 * queries + 2 * keys, 6 * queries + 6 * keys
 
 
-def measure(function, B, T):
-    """Milliseconds forward, and with backward; MiB of memory that the latter takes beside its inputs."""
-    inputs = make(drawing("cuda"), B, T)
-    more = *angles(inputs), mask_of(inputs)
-    d_output = torch.randn_like(inputs[0])
-    with torch.no_grad():
-        forward = do_bench(lambda: function(*inputs, *more), warmup=10, rep=60, return_mode="median")
-    with_gradients(function, inputs, more, d_output)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with_gradients(function, inputs, more, d_output)
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    both = do_bench(lambda: with_gradients(function, inputs, more, d_output), warmup=10, rep=60, return_mode="median")
-    return forward, both, memory
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    size = {name: getattr(MODEL, name) for name in ("heads", "kv_heads", "head_dim")}
-    result = {
-        "card": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-        "copy_GB_s": copy_bandwidth(),
-        "size": {**size, "window": MODEL.window},
-        "verified": verify(ours),
-        "rows": [],
-    }
-    print(f"against float64: ours {result['verified'][0]}, plain {result['verified'][1]}", flush=True)
-    if not is_right(result["verified"]):
-        raise SystemExit("sliding_attention is wrong here")
-    ways = {"ours": ours, "plain": plain, "compiled": torch.compile(plain)}
-    for B, T in SHAPES:
-        moved = bytes_moved(B, T, **size)
-        for way, function in ways.items():
-            *times, memory = measure(function, B, T)
-            row = {"B": B, "T": T, "way": way, "memory_MiB": memory}
-            for name, ms, count in zip(("forward", "both"), times, moved):
-                rate = count / ms / 1e6
-                row[name] = {"ms": ms, "GB_s": rate, "fraction_of_copy": rate / result["copy_GB_s"]}
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "sliding_attention.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.output / "sliding_attention.md").write_text(table(result))
-
-
-def table(result):
-    lines = [
-        f"{result['card']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
-        "",
-        "| batch | tokens | | forward, ms | GB/s | of the copy | and backward, ms | GB/s | of the copy | memory, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        cells = [
-            f"{x['ms']:.3f} | {x['GB_s']:.0f} | {x['fraction_of_copy']:.0%}" for x in (row["forward"], row["both"])
-        ]
-        lines.append(f"| {row['B']} | {row['T']} | {row['way']} | {' | '.join(cells)} | {row['memory_MiB']:.0f} |")
-    lines += [
-        "",
-        f"bf16, medians, {result['size']}; copy {result['copy_GB_s']:.0f} GB/s. Bytes: what a fused kernel must move, "
-        "for every way. Memory: the peak with backward, beside the inputs; output and gradients are in it.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
-    main()
+    run(
+        "sliding_attention",
+        __doc__,
+        {**SIZE, "window": MODEL.window},
+        ours,
+        plain,
+        verify,
+        lambda B, T: prepare(drawing("cuda"), B, T),
+        lambda B, T: bytes_moved(B, T, **SIZE),
+    )
