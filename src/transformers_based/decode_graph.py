@@ -26,7 +26,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backend import backend_wanted
 from .cache_based import TaylorCacheLayer, WindowCacheLayer
-from .ops import lay_side_by_side
 
 
 # Batch sizes whose graphs are kept; each keeps the state of one batch.
@@ -95,8 +94,6 @@ class DecodeGraphs:
             if self._graphs[batch] is None:
                 # What is made in `torch.inference_mode` cannot be changed outside of it, and this outlives it.
                 with torch.inference_mode(False), torch.no_grad():
-                    lay_side_by_side(self._model())
-                    self._fingerprint = _fingerprint(self._model())
                     self._graphs[batch] = _Graph(self._model(), step)
             output = self._graphs[batch].run(step)
             self._last = self._graphs[batch], weakref.ref(cache)
