@@ -12,6 +12,8 @@ makes the logits of the last token; models as transformers has them, Llama with 
     memory    at the peak, weights included; `cache` is the part of it that is kept
     kernels   the time of the kernels alone, where the launches take most of the wall time
     compiled  `torch.compile`, at one length, without a cache, beside the same without compilation
+    one row   a batch of 1 at `--row-lengths`: the Mambas, which without kernels of their own need memory or seconds
+              that no larger batch allows, and Based beside them
 
 The cells that matter most come first; what does not fit, takes too long, or would outlast the budget is listed.
 """
@@ -42,7 +44,7 @@ from benchmark_tools import (
 from model_shapes import CONFIGS, SHAPES, based_config, build
 
 
-MODES = {"": "", "without cache": ", no cache", "compiled": ", compiled, no cache"}
+MODES = {"": "", "one row": ", one row", "without cache": ", no cache", "compiled": ", compiled, no cache"}
 # Tokens of a row from which the time of a long one is foretold.
 PILOT_LENGTH = 128
 GUESS_SECONDS, GUESS_COMPILED_SECONDS = 10, 120
@@ -123,17 +125,17 @@ class PrefillRun(Run):
         if "based" in args.models and args.compile_length:
             for shape in args.shapes:
                 self.cell(shape, "based", args.compile_length, "without cache")
-        for kind in others:
-            for shape in args.shapes:
+        for shape in args.shapes:
+            for kind in ["based", *others] if others else []:
                 # From short to long: where one takes too long or too much, those after it do as well.
-                for length in sorted(args.lengths):
-                    self.cell(shape, kind, length)
+                for length in sorted(args.row_lengths):
+                    self.cell(shape, kind, length, "one row")
         if "based" in args.models and args.compile_length:
             for shape in args.shapes:
                 self.cell(shape, "based", args.compile_length, "compiled")
 
     def cell(self, shape: str, kind: str, length: int, mode: str = "") -> None:
-        batch = max(1, self.args.tokens // length)
+        batch = 1 if mode == "one row" else max(1, self.args.tokens // length)
         name = {"shape": shape, "model": kind, "mode": mode, "length": length, "batch": batch}
         guess = GUESS_COMPILED_SECONDS if mode == "compiled" else GUESS_SECONDS
         self.attempt(name, lambda: self.measure(**name), kind=(shape, kind, mode), guess=guess)
@@ -143,13 +145,13 @@ class PrefillRun(Run):
     @torch.no_grad()
     def measure(self, shape: str, model: str, mode: str, length: int, batch: int) -> dict:
         args, of_kind = self.args, self.models.get(shape, model)
-        ids, use_cache = random_ids(of_kind, batch, length), not mode
+        ids, use_cache = random_ids(of_kind, batch, length), mode in ("", "one row")
         forward = torch.compile(of_kind) if mode == "compiled" else of_kind
 
         def prefill(ids: torch.Tensor = ids):
             return forward(ids, use_cache=use_cache, logits_to_keep=1)
 
-        if not mode and length > PILOT_LENGTH:
+        if use_cache and length > PILOT_LENGTH:
             self.check_time(prefill, ids)
         kept = {"cache_bytes": 0}
 
@@ -213,14 +215,18 @@ def speed_table(results: dict, shape: str) -> list[str]:
 def comparisons(results: dict, shape: str) -> list[str]:
     """Based over the others at each length, its own evenness, and what compilation gains."""
     lines = []
-    ours = {cell["length"]: cell for cell in find(results, shape=shape, model="based", mode="")}
-    for kind in list(NAMES)[1:]:
-        theirs = {cell["length"]: cell for cell in find(results, shape=shape, model=kind)}
+
+    def by_length(kind: str, mode: str) -> dict[int, dict]:
+        return {cell["length"]: cell for cell in find(results, shape=shape, model=kind, mode=mode)}
+
+    ours = by_length("based", "")
+    for kind, mode in [(kind, mode) for mode in ("", "one row") for kind in list(NAMES)[1:]]:
+        mine, theirs = by_length("based", mode), by_length(kind, mode)
         ratios = [
-            f"{ours[length]['tokens_per_second'] / theirs[length]['tokens_per_second']:.2f} at {length:,}"
-            for length in sorted(ours.keys() & theirs.keys())
+            f"{mine[length]['tokens_per_second'] / theirs[length]['tokens_per_second']:.2f} at {length:,}"
+            for length in sorted(mine.keys() & theirs.keys())
         ]
-        lines += [f"- Based over {NAMES[kind]}, tokens/s: {', '.join(ratios)}"] if ratios else []
+        lines += [f"- Based over {NAMES[kind]}{MODES[mode]}, tokens/s: {', '.join(ratios)}"] if ratios else []
     long = [cell["us_per_token"] for length, cell in ours.items() if length >= 4096]
     if len(long) > 1:
         lines.append(f"- Based, time per token from 4,096 tokens on: slowest over fastest {max(long) / min(long):.2f}")
@@ -285,17 +291,18 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens of a row, in this order",
     )
     parser.add_argument("--tokens", type=int, default=32768, help="of all rows, where one is not longer")
+    parser.add_argument("--row-lengths", type=int, nargs="+", default=[1024, 4096], help="of a batch of 1")
     parser.add_argument("--compile-length", type=int, default=4096, help="0 leaves torch.compile out")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long a cell shall be timed")
-    parser.add_argument("--cell-limit", type=float, default=5.0, help="seconds a prefill may take")
+    parser.add_argument("--cell-limit", type=float, default=10.0, help="seconds a prefill may take")
     parser.add_argument("--budget", type=float, help="seconds; what would not be done by then is left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--plot-only", action="store_true", help="table and plot of the results that are there")
     args = parser.parse_args()
-    if min(args.lengths) < 1 or args.compile_length < 0:
-        parser.error("--lengths must be at least 1, --compile-length at least 0.")
+    if min(args.lengths + args.row_lengths) < 1 or args.compile_length < 0:
+        parser.error("--lengths and --row-lengths must be at least 1, --compile-length at least 0.")
     return args
 
 
