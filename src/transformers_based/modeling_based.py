@@ -48,6 +48,7 @@ from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_
 from .configuration_based import BasedConfig
 from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .integrations_based import register_integrations
+from .loss_based import causal_lm_loss
 from .ops import (
     at_least_fp32,
     can_attend_fused,
@@ -1133,6 +1134,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # Which `loss_function` gives, unless another one is set.
+    _loss_function = staticmethod(causal_lm_loss)
 
     def __init__(self, config: BasedConfig):
         super().__init__(config)

@@ -1,0 +1,80 @@
+# Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
+"""The loss of a causal language model, some tokens at a time.
+
+    logits [B, T, vocabulary] in any dtype; labels [B, T], of each the token before it is asked
+    loss of a token = log(sum(exp(logits))) - logits[label],                in fp32
+    its gradient    = softmax(logits) - one_hot(label),                     in the dtype of the logits
+
+transformers' own loss makes all logits fp32 and holds three tensors of their size on top of them: with the layers
+checkpointed that is the peak of a training step. Here only `PIECE` elements are fp32 at any time.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .ops import at_least_fp32
+
+
+PIECE = 2**26
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    What transformers' `ForCausalLMLoss` computes, with its arguments: the mean over the labels that are not
+    `ignore_index`, or their sum over `num_items_in_batch`. `shift_labels` stand where the logits are that predict them.
+    """
+    if torch.compiler.is_compiling() or type(logits) is not torch.Tensor:
+        # Inductor fuses it itself; sharded logits know their own way.
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    wanted = shift_labels.reshape(-1).to(logits.device)
+    is_asked = wanted != ignore_index
+    losses = _TokenLosses.apply(logits.view(-1, vocab_size), wanted.masked_fill(~is_asked, 0))
+    total = torch.where(is_asked, losses, 0).sum()
+    if num_items_in_batch is None:
+        return total / is_asked.sum()
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+class _TokenLosses(torch.autograd.Function):
+    """logits [N, V], labels [N] -> losses [N]."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, labels)
+        losses = logits.new_empty(len(labels), dtype=at_least_fp32(logits.dtype))
+        for rows in _pieces(logits):
+            log_shares = torch.log_softmax(logits[rows], dim=-1, dtype=losses.dtype)
+            losses[rows] = -log_shares.gather(1, labels[rows, None])[:, 0]
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _pieces(logits):
+            shares = torch.softmax(logits[rows], dim=-1, dtype=slope.dtype)
+            places = labels[rows, None]
+            shares.scatter_(1, places, shares.gather(1, places) - 1)
+            gradient[rows] = shares.mul_(slope[rows, None])
+        return gradient, None
+
+
+def _pieces(logits: torch.Tensor) -> list[slice]:
+    """Rows of `[N, V]`, as many at a time as `PIECE` elements hold."""
+    size = max(1, PIECE // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
