@@ -83,10 +83,10 @@ def describe(row: dict) -> str:
 def table(points: list[dict], rows: list[dict]) -> list[str]:
     pairs = sorted(int(name.removeprefix("accuracy_")) for name in points[0] if name.startswith("accuracy_"))
     lines = [
-        "| model | width | size | parameters | state, bytes | log2 | with weights in bf16 | learning rate | accuracy | "
+        "| model | width | size | parameters | state, bytes | log2 | with weights in bf16 | steps | learning rate | accuracy | "
         + " | ".join(f"{n} pairs" for n in pairs)
         + " |",
-        "|---" + "|---:" * (8 + len(pairs)) + "|",
+        "|---" + "|---:" * (9 + len(pairs)) + "|",
     ]
     for row in points:
         name = NAMES[row["kind"]][0]
@@ -99,6 +99,7 @@ def table(points: list[dict], rows: list[dict]) -> list[str]:
             f"{row['state_bytes']:,}",
             f"{math.log2(row['state_bytes']):.1f}",
             f"{row['state_bytes_bf16']:,}",
+            f"{row['steps']:,}",
             f"{row['learning_rate']:g} of {tried}",
             f"**{row['accuracy']:.3f}**",
             *(f"{row[f'accuracy_{n}']:.3f}" for n in pairs),
