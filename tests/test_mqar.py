@@ -35,6 +35,8 @@ def test_every_key_is_asked_once_for_its_value(setting):
         # The token before the label is what it is predicted from.
         assert sorted(ids[place - 1] for place in asked) == sorted(keys)
         assert all(labels[place] == values[keys.index(ids[place - 1])] for place in asked)
+    asked = (batch["labels"] != -100).nonzero()[:, 1].view(7, pairs)
+    assert torch.equal(batch["places"], asked - 1)
 
 
 def test_gaps_follow_the_power_law():
@@ -99,12 +101,34 @@ def test_the_loss_is_that_of_the_model(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.make_config(kind, 32, 8, 0, 50), dtype=torch.float32)
     batch = mqar.make_batch(Setting(33, 3), 2, 50, torch.Generator().manual_seed(0))
-    output = model(**batch)
+    output = model(batch["input_ids"], labels=batch["labels"])
     ours = training.AtQueries(model)(**batch)
     torch.testing.assert_close(ours["loss"], output.loss)
     is_asked = batch["labels"][:, 1:] != -100
     torch.testing.assert_close(ours["logits"], output.logits[:, :-1][is_asked])
     assert output.loss.item() > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["based", "sliding_window", "attention"])
+def test_gpu_recorded_training_is_training(kind):
+    """Three shapes in turn, twice: loss and gradients are those of the model that is not recorded, in bf16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(models.make_config(kind, 32, 8, 0, 50), dtype=torch.float32).cuda()
+    plain, recorded = training.AtQueries(model), training.Recorded(training.AtQueries(model))
+    for setting in 2 * [Setting(33, 3), Setting(64, 3), Setting(64, 7)]:
+        batch = mqar.make_batch(setting, 4, 50, torch.Generator("cuda").manual_seed(setting.length))
+        results = []
+        for each in (plain, recorded):
+            each.train().zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = each(**batch)["loss"]
+            loss.backward()
+            results.append([loss.detach(), *(x.grad.clone() for x in model.parameters())])
+        for got, wanted in zip(*results):
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-3)
+        assert max(x.abs().max() for x in results[0][1:]) > 1e-2
+    assert len(recorded.recordings) == 3
 
 
 def test_accuracy_by_pairs():
@@ -171,6 +195,14 @@ def test_a_run_goes_on_where_it_ended(sweep, tmp_path, capsys):
     assert {row["device"] for row in rows} == {"CPU"}
     assert (tmp_path / "quick.png").read_bytes().startswith(b"\x89PNG")
     assert "0.5 of 2" in (tmp_path / "quick.md").read_text()
+
+
+def test_points_of_ones_own(sweep):
+    trained = []
+    sweep("--points", "based:48:12:40", "mamba:32:8:0", "based:48:16:0", trained=trained)
+    assert {cell[:4] for cell in trained} == {("based", 48, 12, 40), ("mamba", 32, 8, 0), ("based", 48, 16, 0)}
+    with pytest.raises(SystemExit):
+        sweep("--points", "based:48")
 
 
 def test_without_time_nothing_is_started(sweep, capsys, tmp_path):

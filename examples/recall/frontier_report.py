@@ -83,9 +83,8 @@ def describe(row: dict) -> str:
 def table(points: list[dict], rows: list[dict]) -> list[str]:
     pairs = sorted(int(name.removeprefix("accuracy_")) for name in points[0] if name.startswith("accuracy_"))
     lines = [
-        "| model | width | size | parameters | state, bytes | log2 | with weights in bf16 | steps | learning rate | accuracy | "
-        + " | ".join(f"{n} pairs" for n in pairs)
-        + " |",
+        "| model | width | size | parameters | state, bytes | log2 | with weights in bf16 | steps | learning rate "
+        "| accuracy | " + " | ".join(f"{n} pairs" for n in pairs) + " |",
         "|---" + "|---:" * (9 + len(pairs)) + "|",
     ]
     for row in points:

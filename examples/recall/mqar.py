@@ -46,8 +46,9 @@ def make_batch(
     setting: Setting, batch_size: int, vocab_size: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """
-    `input_ids` and `labels`, `[B, T]`, on the generator's device. A label is the value that belongs at its place and is
-    predicted from the token before it, as everywhere in transformers; -100 where nothing is asked.
+    `input_ids` and `labels`, `[B, T]`, and `places`, `[B, pairs]`, on the generator's device. A label is the value that
+    belongs at its place and is predicted from the token before it, as everywhere in transformers; -100 where nothing is
+    asked. `places` are those tokens before a label, in order.
 
     Raises:
         ValueError: the vocabulary has too few keys.
@@ -72,7 +73,7 @@ def make_batch(
     input_ids[:, 1 : 2 * pairs : 2] = values
     input_ids.scatter_(1, places, keys)
     labels = torch.full_like(input_ids, -100).scatter_(1, places + 1, values)
-    return {"input_ids": input_ids, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels, "places": places.sort(dim=1).values}
 
 
 class MQAR(Dataset):

@@ -36,7 +36,7 @@ LEARNING_RATES = (3e-3, 1e-2, 1e-3)
 POINTS = {
     "mamba": [(256, 16, 0), (128, 16, 0), (256, 32, 0), (64, 16, 0)],
     "based": [
-        *((128, 16, 64), (64, 16, 0), (128, 16, 80), (128, 24, 32), (128, 16, 0), (64, 8, 0), (128, 16, 32)),
+        *((128, 16, 72), (64, 16, 0), (128, 20, 48), (128, 24, 32), (128, 16, 0), (64, 8, 0), (128, 16, 32)),
         *((128, 24, 0), (128, 8, 0), (48, 16, 0), (128, 8, 64), (64, 24, 0), (48, 8, 0), (48, 24, 0)),
     ],
     "sliding_window": [(128, window, 0) for window in (64, 256, 16, 128, 1024, 32, 512, 8)],
@@ -182,11 +182,21 @@ def kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
+def point(text: str) -> tuple[str, tuple[int, int, int]]:
+    kind, *numbers = text.split(":")
+    if kind not in KINDS or len(numbers) != 3:
+        raise argparse.ArgumentTypeError(f"{text} is not KIND:WIDTH:SIZE:VALUES, of the kinds {', '.join(KINDS)}")
+    return kind, tuple(map(int, numbers))
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy of recall over bytes of state, for four kinds of models.")
     parser.add_argument("--quick", action="store_true", help="a smaller task, Based and sliding windows only")
     parser.add_argument("--output", type=Path, help="the CSV (default: results/frontier.csv or quick.csv beside this)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these (default: all)")
+    parser.add_argument(
+        "--points", nargs="+", type=point, metavar="KIND:WIDTH:SIZE:VALUES", help="only these, e.g. based:128:16:72"
+    )
     parser.add_argument("--learning-rates", nargs="+", type=float, help="in this order (default: 0.003 0.01 0.001)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what is not done then is left out")
     parser.add_argument("--processes", type=int, help="models trained at once (default: 8 for each GPU, else 2)")
@@ -202,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     changes = {name: x for name in ("steps", "batch_size") if (x := getattr(args, name)) is not None}
     task = Task(**{**vars(task), **changes})
+    if args.points:
+        points = {kind: [numbers for other, numbers in args.points if other == kind] for kind in KINDS}
     points = {kind: of_kind for kind, of_kind in points.items() if kind in (args.kinds or KINDS)}
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     processes = args.processes or (8 * len(gpus) if gpus != ["cpu"] else 2)
