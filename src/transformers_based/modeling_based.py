@@ -103,6 +103,10 @@ class WindowTokens(NamedTuple):
     exist: torch.Tensor | None
     document_ids: torch.Tensor | None
 
+    def contiguous(self) -> "WindowTokens":
+        """Asked of every mask by the `generate` of transformers 5.23; these tensors are as the kernel wants them."""
+        return self
+
 
 class BasedRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
