@@ -48,6 +48,7 @@ from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_
 from .configuration_based import BasedConfig
 from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .integrations_based import register_integrations
+from .kernel_builds import build_kernels
 from .loss_based import causal_lm_loss
 from .ops import (
     at_least_fp32,
@@ -1147,6 +1148,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._decode_graphs: DecodeGraphs | None = None
+        self._has_built_kernels = False
         self.post_init()
 
     @can_return_tuple
@@ -1261,6 +1263,10 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         """Called by `generate` for greedy search and sampling."""
         cache = kwargs.get("past_key_values")
+        is_first = isinstance(cache, StaticCache) and cache.get_seq_length() == 0 and not self._has_built_kernels
+        if is_first and not obstacle_to_graphs(self):
+            self._has_built_kernels = True
+            build_kernels(self.config, self.dtype, self.device, kwargs.get("attention_mask"))
         if isinstance(cache, StaticCache) and cache.is_private:
             stopping_criteria = AheadOfTheStop(stopping_criteria, self, cache)
         try:
