@@ -30,6 +30,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def _patch_language_once_a_launch():
+    """
+    Triton's interpreter patches `triton.language` for a kernel and again at every call of a device function, `tl.sum`
+    among them, for a third of its time. All of it stays until the kernel ends: once for each module is enough.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        scope = patch(function)
+        restore = scope.restore
+        scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _patch_language_once_a_launch()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
