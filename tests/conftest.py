@@ -30,13 +30,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def _patch_language_once_a_launch():
+def _spare_the_interpreter():
     """
-    Triton's interpreter patches `triton.language` for a kernel and again at every call of a device function, `tl.sum`
-    among them, for a third of its time. All of it stays until the kernel ends: once for each module is enough.
+    Two things take more than half of the time of Triton's interpreter, for nothing. It computes whether an int32
+    overflows, and asserts it in debug mode only. And it patches `triton.language` for a kernel and again at every call
+    of a device function, `tl.sum` among them: all of it stays until the kernel ends, once for each module is enough.
     """
     from triton.runtime import interpreter
 
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):
@@ -53,7 +55,7 @@ def _patch_language_once_a_launch():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _patch_language_once_a_launch()
+    _spare_the_interpreter()
 
 
 def pytest_collection_modifyitems(items):
