@@ -341,10 +341,11 @@ def test_card_says_where_it_is_from_and_how_it_was_made(kind, original, tmp_path
         "Intended use",
     ):
         assert fact in text
-    command = text.split("```bash\n")[1].split("\n")[0].split()
+    python, program, *arguments = text.split("```bash\n")[1].split("\n")[0].split()
+    assert (python, program) == ("python", "conversion/convert_checkpoint.py")
     before = {path.name: path.read_bytes() for path in (tmp_path / "output").iterdir()}
     shutil.rmtree(tmp_path / "output")
-    run_python(*command[1:])
+    assert converter.main(arguments) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "output").iterdir()} == before
 
 
