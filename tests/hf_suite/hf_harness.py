@@ -25,6 +25,11 @@ from hf_listed import must_skip
 from transformers.models.auto import modeling_auto
 
 
+# transformers starts a process for some tests, for the memory of a GPU. Without one they skip in there, seconds later.
+if not torch.cuda.is_available():
+    os.environ["_INSIDE_SUB_PROCESS"] = "1"
+
+
 def install() -> None:
     """Raises: RuntimeError if $HF_SDIST is not the source distribution of the installed transformers."""
     if "hf_tests" in sys.modules:

@@ -22,13 +22,10 @@ LACKED_HERE = {
     "needs a GPU": (
         GPUS == 0,
         """
-        test_can_load_with_device_context_manager test_cpu_offload test_disk_offload_bin test_disk_offload_safetensors
-        test_flex_attention_with_grads test_sdpa_can_compile_dynamic test_sdpa_can_dispatch_on_flash
+        test_can_load_with_device_context_manager test_can_load_with_global_device_set test_cpu_offload
+        test_disk_offload_bin test_disk_offload_safetensors test_flex_attention_with_grads test_sdpa_can_compile_dynamic
+        test_sdpa_can_dispatch_on_flash
         """,
-    ),
-    "needs a GPU; skips in the child process that it starts, so it passes for nothing": (
-        GPUS == 0 and "_INSIDE_SUB_PROCESS" in os.environ,
-        "test_can_load_with_global_device_set",
     ),
     "needs several GPUs": (GPUS < 2, "test_model_parallelism"),
     "needs a GPU and the library kernels": (
