@@ -97,19 +97,26 @@ class Table:
             self.rows.append(row)
 
 
+def visible_gpus() -> list[str]:
+    """Their numbers, or names, in CUDA_VISIBLE_DEVICES."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
 def prepare_process(device: str, threads: int) -> None:
-    """Before anything else in a process that trains."""
+    """Before anything else in a process that trains on `device`, the number of a GPU or "cpu"."""
     torch.set_num_threads(threads)
+    # Trainer would spread a batch over all the GPUs that it sees.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     transformers.utils.logging.set_verbosity_error()
     # What Trainer prints of each model would drown the progress.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if device != "cpu":
-        torch.cuda.set_device(device)
 
 
 def train_on(device: str, cell: Cell, task: Task) -> dict:
-    row = train(cell, task, device)
-    name = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
+    row = train(cell, task, "cpu" if device == "cpu" else "cuda:0")
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     return {**row, "device": name, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -215,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.points:
         points = {kind: [numbers for other, numbers in args.points if other == kind] for kind in KINDS}
     points = {kind: of_kind for kind, of_kind in points.items() if kind in (args.kinds or KINDS)}
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    gpus = visible_gpus() or ["cpu"]
     processes = args.processes or (8 * len(gpus) if gpus != ["cpu"] else 2)
     threads = max(1, (os.cpu_count() or 1) // processes)
 
@@ -223,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     cells = cells_in_order(points, tuple(args.learning_rates or rates))
     todo = [cell for cell in cells if cell not in table]
     print(
-        f"{len(todo)} models to train, {len(cells) - len(todo)} done before; {processes} at once on {', '.join(gpus)}."
+        f"{len(todo)} models to train, {len(cells) - len(todo)} done before; {processes} at once on "
+        f"{', '.join(gpu if gpu == 'cpu' else f'GPU {gpu}' for gpu in gpus)}."
     )
     slots = [gpus[i % len(gpus)] for i in range(min(processes, len(todo)))]
     sweep = Sweep(todo, task, table, slots, args.budget, threads)
