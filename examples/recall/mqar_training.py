@@ -56,6 +56,8 @@ class Recorded(nn.Module):
         super().__init__()
         self.at_queries = model
         self.recordings: dict[tuple, nn.Module] = {}
+        # One for all, as no two run at once: each alone would keep room for all that lies between its kernels.
+        self.pool = torch.cuda.graph_pool_handle()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
         batch = input_ids, labels, places
@@ -67,7 +69,9 @@ class Recorded(nn.Module):
             if key not in self.recordings:
                 of_shape = AtQueries(self.at_queries.model)
                 sample = tuple(x.clone() for x in batch)
-                self.recordings[key] = torch.cuda.make_graphed_callables(of_shape, sample)
+                self.recordings[key] = torch.cuda.make_graphed_callables(of_shape, sample, pool=self.pool)
+                # Recording runs the model on a stream of its own, which nothing else takes memory from.
+                torch.cuda.empty_cache()
             return self.recordings[key](*batch)
 
 
