@@ -30,8 +30,9 @@ $(VENV)/kernels-lib: $(VENV)/installed
 		kernels kernels-data tomlkit
 	mv $@.part $@
 
+# Worksteal keeps a file on one worker as long as it can: what its tests share is made once.
 test: $(VENV)/installed $(VENV)/hf-sdist $(VENV)/kernels-lib
-	HF_SDIST=$(CURDIR)/$(VENV)/hf-sdist KERNELS_LIB=$(CURDIR)/$(VENV)/kernels-lib $(RUN) -m pytest -n 2
+	HF_SDIST=$(CURDIR)/$(VENV)/hf-sdist KERNELS_LIB=$(CURDIR)/$(VENV)/kernels-lib $(RUN) -m pytest -n 2 --dist worksteal
 
 # The oldest transformers that setup.cfg admits.
 test-min:
