@@ -115,6 +115,32 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(x, y) for x, y in zip(inputs, before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sum_in_place(monkeypatch, dtype):
+    hidden_states, weight, residual = make((2, 3, 24), dtype, torch.float32)
+    want = rms_norm(hidden_states, weight, EPS, residual=residual)
+    poison_outputs(monkeypatch)
+    with torch.no_grad():
+        normed, total = rms_norm(hidden_states, weight, EPS, residual=residual, in_place=True)
+    assert total is residual
+    assert torch.equal(total, want[1])
+    assert torch.equal(normed, want[0])
+
+
+def test_refuses_a_sum_that_cannot_be_in_place():
+    hidden_states, weight, residual = make((2, 3, 24), torch.float32, torch.float16)
+    with pytest.raises(ValueError, match=r"in_place: got True where gradients are enabled"):
+        rms_norm(hidden_states, weight, EPS, residual=residual.float(), in_place=True)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"in_place: got True without residual"):
+            rms_norm(hidden_states, weight, EPS, in_place=True)
+        with pytest.raises(ValueError, match=r"residual: got torch.float16, contiguous, torch.float32 and contiguous"):
+            rms_norm(hidden_states, weight, EPS, residual=residual, in_place=True)
+        apart = residual.float().transpose(0, 1).contiguous().transpose(0, 1)
+        with pytest.raises(ValueError, match=r"residual: got torch.float32, not contiguous"):
+            rms_norm(hidden_states, weight, EPS, residual=apart, in_place=True)
+
+
 def test_strides_of_any_kind():
     hidden_states, weight, residual = make((3, 2, 24), torch.float32, torch.float32)
     want = rms_norm(hidden_states, weight, EPS, residual=residual)

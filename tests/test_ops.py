@@ -259,6 +259,53 @@ def test_sums_are_left_to_the_next_norm_unless_somebody_looks(tiny_model):
     torch.testing.assert_close(norm, output.hidden_states[4], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_sums_are_taken_in_place_where_nobody_keeps_them(
+    tiny_model, everywhere, use_backend, monkeypatch, backend_name
+):
+    """With the same bits; what the caller passed, and what hooks have seen, stays as it was."""
+    use_backend(backend_name)
+    model = tiny_model()
+    embeds = torch.randn(1, 8, 32)
+    before, places, forward = embeds.clone(), [], modeling_based.BasedDecoderLayer.forward
+
+    def spy(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        places.append(output[0])
+        return output
+
+    monkeypatch.setattr(modeling_based.BasedDecoderLayer, "forward", spy)
+
+    def streams() -> int:
+        """How many tensors the residual stream went through; those of the layers are kept here."""
+        return len({x.data_ptr() for x in places})
+
+    wanted = model(inputs_embeds=embeds).logits.detach()
+    assert streams() == 4
+    places.clear()
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeds).logits, wanted)
+        assert streams() == 1
+        assert torch.equal(embeds, before)
+        for register in (model.model.layers[1].post_attention_layernorm.register_forward_hook, register_for_all):
+            places.clear()
+            seen = []
+            handle = register(lambda module, args, output, seen=seen: seen.append((output, copy.deepcopy(output))))
+            assert torch.equal(model(inputs_embeds=embeds).logits, wanted)
+            handle.remove()
+            assert streams() == 4
+            for kept, copied in seen:
+                torch.testing.assert_close(kept, copied, rtol=0, atol=0)
+
+
+def register_for_all(hook):
+    def of_norms(module, args, output):
+        if isinstance(module, modeling_based.BasedRMSNorm):
+            hook(module, args, output)
+
+    return nn.modules.module.register_module_forward_hook(of_norms)
+
+
 def test_a_compiled_model_leaves_its_sums_too(tiny_model):
     model = tiny_model(layer_types=["conv", "conv"])
     ids = torch.arange(1, 9)[None]

@@ -116,13 +116,13 @@ class BasedRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
         Of any dtype, in fp32 or better; the result has the weight's dtype, since the residual stream may be fp32. With
-        a `residual`, which is added first, also the sum.
+        a `residual`, which is added first, also the sum, over `residual` if `in_place`.
         """
-        normed, total = rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+        normed, total = rms_norm(hidden_states, self.weight, self.variance_epsilon, residual, in_place)
         return normed if residual is None else (normed, total)
 
     def extra_repr(self):
@@ -143,7 +143,9 @@ class BasedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
+        hidden_states = swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up
+        del gate, up
+        return self.down_proj(hidden_states)
 
 
 def _pads_first(exists: torch.Tensor) -> torch.Tensor:
@@ -293,6 +295,7 @@ class BasedShortConv(nn.Module):
         )
         if layer is not None and next_state is not state:
             layer.update_recurrent_state(next_state)
+        del projected
         return self.out_proj(output)
 
 
@@ -829,17 +832,19 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         them in one kernel with its norm.
         """
         residual = hidden_states
+        # Then `residual` is a sum that the layer before made, and nobody else looks at it any more.
+        in_place = update is not None and not torch.is_grad_enabled() and not _sees_all_modules()
         if update is None:
             hidden_states = self.input_layernorm(hidden_states)
         else:
-            hidden_states, residual = self.input_layernorm(update, residual)
+            hidden_states, residual = self.input_layernorm(update, residual, in_place=in_place)
         if self.layer_type == "conv":
             hidden_states = self.conv(hidden_states, **kwargs)
         elif self.layer_type == "linear_attention":
             hidden_states = self.linear_attn(hidden_states, **kwargs)
         else:
             hidden_states, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual, in_place=in_place)
         update = self.mlp(hidden_states)
         return (residual, update) if defers_sums else residual + update
 
@@ -853,9 +858,14 @@ def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
     for layer in layers:
         if type(layer) is not BasedDecoderLayer or (layer.gradient_checkpointing and layer.training):
             return False
-        if _is_watched(layer) or _is_watched(layer.input_layernorm):
+        if any(map(_is_watched, (layer, layer.input_layernorm, layer.post_attention_layernorm))):
             return False
     return not _is_watched(norm)
+
+
+def _sees_all_modules() -> bool:
+    """Whether somebody may keep what goes through any module: a compiler, or hooks for all at once."""
+    return torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -1098,6 +1108,7 @@ class BasedModel(BasedPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(at_least_fp32(hidden_states.dtype))
+        del inputs_embeds
         update, defers_sums = None, _can_defer_sums(self.layers, self.norm)
         for layer in self.layers:
             hidden_states = layer(

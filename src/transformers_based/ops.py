@@ -142,21 +142,32 @@ def lay_side_by_side(model: nn.Module) -> None:
 
 
 def rms_norm(
-    hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    RMSNorm of `[B, T, C]`, in fp32 or better, after adding `residual` if there is one.
+    RMSNorm of `[B, T, C]`, in fp32 or better, after adding `residual` if there is one. The sum may be written over it
+    if `in_place`, which is for calls without gradients.
 
     Returns:
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
     if _are_plain(hidden_states, weight) and _is_fused("RMSNorm", hidden_states):
-        return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual)
+        in_place = in_place and residual.is_contiguous() and _holds_sum(residual, hidden_states)
+        return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual, in_place=in_place)
     if residual is not None:
-        hidden_states = residual + hidden_states
+        in_place = in_place and _holds_sum(residual, hidden_states)
+        hidden_states = residual.add_(hidden_states) if in_place else residual + hidden_states
     x = hidden_states.to(at_least_fp32(hidden_states.dtype))
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (weight * x).to(weight.dtype), hidden_states
+
+
+def _holds_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    return torch.promote_types(residual.dtype, hidden_states.dtype) == residual.dtype
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,7 @@ def check_sliding_inputs(query, key, value, cos, sin, window, scale, mask, docum
     return _check_scale(scale, D)
 
 
-def check_rms_norm_inputs(hidden_states, weight, eps, residual):
+def check_rms_norm_inputs(hidden_states, weight, eps, residual, in_place=False):
     """Raises on what `rms_norm` cannot take."""
     _check_floats("hidden_states", hidden_states)
     _check_runs_here("hidden_states", hidden_states)
@@ -288,6 +288,19 @@ def check_rms_norm_inputs(hidden_states, weight, eps, residual):
                 f"residual: got shape {got}, the shape of hidden_states fits: {tuple(hidden_states.shape)}"
             )
         _check_device("residual", residual, hidden_states, "hidden_states")
+    if in_place:
+        _check_holds_sum(residual, hidden_states)
+
+
+def _check_holds_sum(residual, hidden_states):
+    if torch.is_grad_enabled():
+        raise ValueError("in_place: got True where gradients are enabled, use it under torch.no_grad()")
+    if residual is None:
+        raise ValueError("in_place: got True without residual, there is no sum to write")
+    dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
+    if residual.dtype != dtype or not residual.is_contiguous():
+        got = f"{residual.dtype}, {'' if residual.is_contiguous() else 'not '}contiguous"
+        raise ValueError(f"residual: got {got}, {dtype} and contiguous fits, so that it holds the sum in_place")
 
 
 def check_swiglu_inputs(gate, up):

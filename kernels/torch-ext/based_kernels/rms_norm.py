@@ -122,7 +122,7 @@ def _tile(C):
     return block, min(max(block // 256, 1), 16)
 
 
-def _rms_norm_fwd(hidden_states, weight, eps, residual):
+def _rms_norm_fwd(hidden_states, weight, eps, residual, in_place=False):
     shape, C = hidden_states.shape, weight.shape[0]
     x = rows_of(hidden_states)
     normed = torch.empty(shape, dtype=weight.dtype, device=weight.device)
@@ -130,7 +130,7 @@ def _rms_norm_fwd(hidden_states, weight, eps, residual):
     if residual is not None:
         r = rows_of(residual)
         dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
-        total = torch.empty(shape, dtype=dtype, device=residual.device)
+        total = residual if in_place else torch.empty(shape, dtype=dtype, device=residual.device)
         strides = x.stride(0), r.stride(0)
     unit = common_unit(C, *strides)
     block, warps = _tile(C)
@@ -220,7 +220,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, dr
 
 
-def rms_norm(hidden_states, weight, eps, *, residual=None):
+def rms_norm(hidden_states, weight, eps, *, residual=None, in_place=False):
     """RMSNorm of `residual + hidden_states`, which is returned too: it is the residual stream from here on.
 
     The norm is computed in fp32 and rounded once, as `BasedRMSNorm` of transformers_based does (arXiv 1910.07467).
@@ -231,6 +231,7 @@ def rms_norm(hidden_states, weight, eps, *, residual=None):
         weight: [C], float32, float16 or bfloat16.
         eps: number >= 0, added to the mean of squares.
         residual: [.., C], float32, float16 or bfloat16.
+        in_place: the sum is written over `residual`, which must be contiguous and of the sum's dtype; no gradients.
 
     Returns:
         normed [.., C] in weight's dtype, and the sum [.., C] in the dtype to which PyTorch promotes the two; without
@@ -239,10 +240,10 @@ def rms_norm(hidden_states, weight, eps, *, residual=None):
     Raises:
         TypeError or ValueError naming the argument, what it got and what fits. RuntimeError for gradients of gradients.
     """
-    check_rms_norm_inputs(hidden_states, weight, eps, residual)
+    check_rms_norm_inputs(hidden_states, weight, eps, residual, in_place)
     weight = weight.contiguous()
     if not torch.is_grad_enabled():
-        return _rms_norm_fwd(hidden_states, weight, eps, residual)
+        return _rms_norm_fwd(hidden_states, weight, eps, residual, in_place)
     if residual is None:
         return _RMSNorm.apply(hidden_states, weight, eps, None), hidden_states
     return _RMSNorm.apply(hidden_states, weight, eps, residual)
