@@ -67,6 +67,28 @@ def test_labels_shifted_by_the_caller_and_labels_that_ask_nothing():
         causal_lm_loss(logits, torch.full_like(labels, VOCAB), VOCAB)
 
 
+def test_gradients_of_gradients():
+    """Where one such as a penalty on gradients needs them; the slope of the loss itself needs none."""
+    logits, labels = make(torch.float64)
+    penalties = []
+    for function in (causal_lm_loss, ForCausalLMLoss):
+        x = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x, labels, VOCAB, num_items_in_batch=2), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    assert penalties[0].abs().max() > 1e-4
+    torch.testing.assert_close(*penalties, rtol=1e-5, atol=1e-7)
+
+
+def test_torch_func_takes_the_way_of_transformers():
+    logits, labels = make(torch.float32)
+    results = []
+    for function in (causal_lm_loss, ForCausalLMLoss):
+        of_a_row = torch.func.grad(lambda x, y, loss=function: loss(x, y, VOCAB, num_items_in_batch=1))
+        results.append(torch.func.vmap(of_a_row)(logits, labels))
+    assert results[0].abs().max() > 1e-3
+    assert torch.equal(*results)
+
+
 def test_memory(monkeypatch, tensor_log):
     """Nothing but logits and their gradient is as large as the logits, and nothing large is fp32."""
     monkeypatch.setattr(loss_based, "PIECE", 4 * VOCAB)

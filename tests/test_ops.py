@@ -298,6 +298,18 @@ def test_sums_are_taken_in_place_where_nobody_keeps_them(
                 torch.testing.assert_close(kept, copied, rtol=0, atol=0)
 
 
+def test_sums_under_vmap_of_one_weight(tiny_model):
+    """Above the layer of that weight the stream has more dimensions than what it is added to."""
+    model, ids, name = tiny_model(), torch.arange(1, 9)[None], "model.layers.1.mlp.down_proj.weight"
+    weight = model.get_parameter(name).detach()
+    with torch.no_grad():
+        logits = torch.func.vmap(
+            lambda x: torch.func.functional_call(model, {name: x}, (ids,), {"use_cache": False}).logits
+        )(torch.stack([weight, 2 * weight]))
+        assert not torch.equal(*logits)
+        torch.testing.assert_close(logits[0], model(ids).logits)
+
+
 def register_for_all(hook):
     def of_norms(module, args, output):
         if isinstance(module, modeling_based.BasedRMSNorm):

@@ -10,11 +10,10 @@ checkpointed that is the peak of a training step. Here only `PIECE` elements are
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .ops import at_least_fp32
+from .ops import at_least_fp32, is_transformed
 
 
 PIECE = 2**26
@@ -33,8 +32,8 @@ def causal_lm_loss(
     What transformers' `ForCausalLMLoss` computes, with its arguments: the mean over the labels that are not
     `ignore_index`, or their sum over `num_items_in_batch`. `shift_labels` stand where the logits are that predict them.
     """
-    if torch.compiler.is_compiling() or type(logits) is not torch.Tensor:
-        # Inductor fuses it itself; sharded logits know their own way.
+    if torch.compiler.is_compiling() or type(logits) is not torch.Tensor or is_transformed():
+        # Inductor fuses it itself; sharded logits know their own way, and `torch.func` the way of plain operations.
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -62,9 +61,13 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # For gradients of gradients only what autograd can follow.
+            shares = torch.softmax(logits, dim=-1, dtype=slope.dtype)
+            gradient = (shares - F.one_hot(labels, logits.shape[1])) * slope[:, None]
+            return gradient.to(logits.dtype), None
         gradient = torch.empty_like(logits)
         for rows in _pieces(logits):
             shares = torch.softmax(logits[rows], dim=-1, dtype=slope.dtype)

@@ -58,6 +58,7 @@ from .ops import (
     conv_places,
     gated_short_conv,
     gated_short_conv_step,
+    is_transformed,
     lay_side_by_side,
     project,
     rms_norm,
@@ -864,8 +865,8 @@ def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
 
 
 def _sees_all_modules() -> bool:
-    """Whether somebody may keep what goes through any module: a compiler, or hooks for all at once."""
-    return torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
+    """Whether somebody may keep what goes through any module: a compiler, `torch.func`, or hooks for all at once."""
+    return torch.compiler.is_compiling() or is_transformed() or nn.modules.module._has_any_global_hook()
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -36,6 +36,11 @@ def _are_plain(*tensors: torch.Tensor) -> bool:
     return all(type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` is at work, which follows no `autograd.Function` and not every change in place."""
+    return torch._C._are_functorch_transforms_active()
+
+
 @torch.compiler.assume_constant_result
 def _choose_backend(op: str, device: str, dtype: str, obstacle: str | None = None) -> str:
     return choose_backend(op, device, dtype, obstacle)
