@@ -205,18 +205,26 @@ def test_points_of_ones_own(sweep):
         sweep("--points", "based:48")
 
 
-def test_a_process_sees_one_gpu(monkeypatch):
+def test_a_process_starts_seeing_one_gpu(sweep, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert run.visible_gpus() == ["5", "7"]
-    monkeypatch.setattr(run.os, "dup2", lambda *files: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    run.prepare_process("7", 1)
-    assert run.os.environ["CUDA_VISIBLE_DEVICES"] == "7"
-    run.prepare_process("cpu", 1)
-    assert run.os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    submit, seen = ThreadPoolExecutor.submit, []
+
+    def start(pool, function, device, *arguments):
+        seen.append((device, run.os.environ["CUDA_VISIBLE_DEVICES"]))
+        return submit(pool, function, device, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", start)
+    sweep()
+    assert len(seen) == 5
+    assert {device for device, _ in seen} <= {"5", "7"}
+    assert all(device == alone for device, alone in seen)
+    assert run.visible_gpus() == ["5", "7"]
+    with run.seen_alone("cpu"):
+        assert run.os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_without_time_nothing_is_started(sweep, capsys, tmp_path):

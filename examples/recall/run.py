@@ -17,9 +17,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -104,11 +106,25 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-def prepare_process(device: str, threads: int) -> None:
-    """Before anything else in a process that trains on `device`, the number of a GPU or "cpu"."""
-    torch.set_num_threads(threads)
-    # Trainer would spread a batch over all the GPUs that it sees.
+@contextmanager
+def seen_alone(device: str) -> Iterator[None]:
+    """
+    A process that starts now sees no GPU but `device`, the number of one or "cpu": Trainer would spread a batch over
+    all. Some libraries look for GPUs when they are imported, after which it is too late to hide any.
+    """
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def prepare_process(threads: int) -> None:
+    """Before anything else in a process that trains."""
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     # What Trainer prints of each model would drown the progress.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -147,15 +163,16 @@ class Sweep:
 
     def run_slot(self, device: str) -> None:
         def start():
-            return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process, (device, self.threads))
+            return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process, (self.threads,))
 
         pool = start()
         while cell := self.next_cell():
             begin = time.perf_counter()
             try:
-                row = pool.submit(train_on, device, cell, self.task).result(
-                    timeout=min(max(0.0, self.left()), threading.TIMEOUT_MAX)
-                )
+                # The first of a pool starts its process.
+                with self.lock, seen_alone(device):
+                    training = pool.submit(train_on, device, cell, self.task)
+                row = training.result(timeout=min(max(0.0, self.left()), threading.TIMEOUT_MAX))
             except OutOfTime:
                 self.failed.append((cell, "no time left"))
                 kill(pool)
