@@ -265,10 +265,11 @@ def panels(results: dict) -> list[list[Panel]]:
     rows = []
     for shape in results["verified"]:
         fast, large = {}, {}
-        for cell in find(results, shape=shape, mode=""):
-            fast.setdefault(label(cell), []).append((cell["length"], cell["tokens_per_second"]))
-            if cell["peak_bytes"] and cell["batch"] == 1:
-                large.setdefault(label(cell), []).append((cell["length"], cell["peak_bytes"] / 1e9))
+        for cell in find(results, shape=shape):
+            if cell["mode"] in ("", "one row"):
+                fast.setdefault(label(cell), []).append((cell["length"], cell["tokens_per_second"]))
+                if cell["peak_bytes"] and cell["batch"] == 1:
+                    large.setdefault(NAMES[cell["model"]], []).append((cell["length"], cell["peak_bytes"] / 1e9))
         title = f"{shape}, {results['device']}, {results['dtype']}"
         rows.append(
             [
