@@ -880,7 +880,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 # Each asks `from_pretrained` for other weights than those in the usual files.
-OPTIONS_FOR_OTHER_WEIGHTS = ("ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant")
+OPTIONS_FOR_OTHER_WEIGHTS = {"ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant"}
 
 
 @auto_docstring
@@ -929,10 +929,7 @@ class BasedPreTrainedModel(PreTrainedModel):
                 # A folder of adapters has no config. Of an empty one transformers would build a whole based-360m.
                 if find_file(source, CONFIG_NAME, **hub_kwargs):
                     raise ValueError(f"The config.json of {source} has no `model_type`.")
-            elif has_config and not {"ignore_mismatched_sizes", "state_dict", "use_safetensors", "variant"} & set(
-                kwargs
-            ):
-                # Each of these options asks for other weights than those in the usual files.
+            elif has_config and not kwargs.keys() & OPTIONS_FOR_OTHER_WEIGHTS:
                 given = isinstance(config, PreTrainedConfig)
                 _check_size(source, config if given else BasedConfig.from_dict(dict(config_dict)), hub_kwargs)
             try:
