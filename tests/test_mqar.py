@@ -239,6 +239,10 @@ def test_refuses_a_table_of_another_task(sweep, tmp_path):
     (tmp_path / "quick.csv").write_text("kind,width\n")
     with pytest.raises(SystemExit, match=r"quick.csv has other columns .* choose another --output"):
         sweep()
+    (tmp_path / "quick.csv").unlink()
+    sweep()
+    with pytest.raises(SystemExit, match=r"quick.csv is of 800 steps, not 900: choose another --output"):
+        sweep("--steps", "900")
 
 
 def test_most_telling_first():

@@ -80,6 +80,9 @@ class Table:
                 self.rows = list(reader)
             if reader.fieldnames != self.columns:
                 sys.exit(f"{path} has other columns than this run writes: choose another --output.")
+            if others := {row["steps"] for row in self.rows} - {str(task.steps)}:
+                # Who has trained for longer would win.
+                sys.exit(f"{path} is of {', '.join(others)} steps, not {task.steps}: choose another --output.")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:
