@@ -56,8 +56,8 @@ class _TokenLosses(torch.autograd.Function):
         ctx.save_for_backward(logits, labels)
         losses = logits.new_empty(len(labels), dtype=at_least_fp32(logits.dtype))
         for rows in _pieces(logits):
-            log_shares = torch.log_softmax(logits[rows], dim=-1, dtype=losses.dtype)
-            losses[rows] = -log_shares.gather(1, labels[rows, None])[:, 0]
+            log_probabilities = torch.log_softmax(logits[rows], dim=-1, dtype=losses.dtype)
+            losses[rows] = -log_probabilities.gather(1, labels[rows, None])[:, 0]
         return losses
 
     @staticmethod
@@ -65,15 +65,15 @@ class _TokenLosses(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         if torch.is_grad_enabled():
             # For gradients of gradients only what autograd can follow.
-            shares = torch.softmax(logits, dim=-1, dtype=slope.dtype)
-            gradient = (shares - F.one_hot(labels, logits.shape[1])) * slope[:, None]
+            probabilities = torch.softmax(logits, dim=-1, dtype=slope.dtype)
+            gradient = (probabilities - F.one_hot(labels, logits.shape[1])) * slope[:, None]
             return gradient.to(logits.dtype), None
         gradient = torch.empty_like(logits)
         for rows in _pieces(logits):
-            shares = torch.softmax(logits[rows], dim=-1, dtype=slope.dtype)
+            probabilities = torch.softmax(logits[rows], dim=-1, dtype=slope.dtype)
             places = labels[rows, None]
-            shares.scatter_(1, places, shares.gather(1, places) - 1)
-            gradient[rows] = shares.mul_(slope[rows, None])
+            probabilities.scatter_(1, places, probabilities.gather(1, places) - 1)
+            gradient[rows] = probabilities.mul_(slope[rows, None])
         return gradient, None
 
 

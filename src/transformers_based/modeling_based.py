@@ -834,7 +834,7 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         """
         residual = hidden_states
         # Then `residual` is a sum that the layer before made, and nobody else looks at it any more.
-        in_place = update is not None and not torch.is_grad_enabled() and not _sees_all_modules()
+        in_place = update is not None and not torch.is_grad_enabled() and not _are_all_watched()
         if update is None:
             hidden_states = self.input_layernorm(hidden_states)
         else:
@@ -864,8 +864,8 @@ def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
     return not _is_watched(norm)
 
 
-def _sees_all_modules() -> bool:
-    """Whether somebody may keep what goes through any module: a compiler, `torch.func`, or hooks for all at once."""
+def _are_all_watched() -> bool:
+    """By a compiler, `torch.func`, or hooks for all modules at once: any of them may keep what it sees."""
     return torch.compiler.is_compiling() or is_transformed() or nn.modules.module._has_any_global_hook()
 
 

@@ -160,19 +160,18 @@ def rms_norm(
     Returns:
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
+    in_place = in_place and _can_hold_sum(residual, hidden_states)
     if _are_plain(hidden_states, weight) and _is_fused("RMSNorm", hidden_states):
-        in_place = in_place and residual.is_contiguous() and _holds_sum(residual, hidden_states)
         return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual, in_place=in_place)
     if residual is not None:
-        in_place = in_place and _holds_sum(residual, hidden_states)
         hidden_states = residual.add_(hidden_states) if in_place else residual + hidden_states
     x = hidden_states.to(at_least_fp32(hidden_states.dtype))
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (weight * x).to(weight.dtype), hidden_states
 
 
-def _holds_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-    return torch.promote_types(residual.dtype, hidden_states.dtype) == residual.dtype
+def _can_hold_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    return residual.is_contiguous() and torch.promote_types(residual.dtype, hidden_states.dtype) == residual.dtype
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
