@@ -3,9 +3,12 @@
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import torch
 from benchmark_tools import Wrong, machine, release_memory
@@ -44,6 +47,61 @@ class Models:
         self.built.pop((shape, kind), None)
 
 
+class Apart:
+    """
+    A cell in a process of its own, prepared while others are, which takes minutes of the host and nothing of the GPU;
+    measured when it is told to, one at a time.
+    """
+
+    def __init__(self, prepare: Callable[..., Callable[[], dict]], at_once: int, **arguments):
+        """`prepare(**arguments)` returns what measures the cell; so many processes share the host's cores."""
+        # Inductor would take all cores for each of them.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_run_apart, args=(theirs, prepare, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def wait(self, seconds: float | None) -> None:
+        """Until it is ready to be measured, or has failed, or there is no time left."""
+        self.connection.poll(seconds)
+
+    def measure(self, seconds: float | None) -> dict:
+        """
+        Raises:
+            LeftOut: no time left.
+            RuntimeError: what went wrong there.
+        """
+        for _ in range(2):
+            if not self.connection.poll(seconds):
+                raise LeftOut("time limit")
+            cell, failure = self.connection.recv()
+            if failure:
+                raise RuntimeError(failure)
+            if cell is None:
+                self.connection.send("go")
+        return cell
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _run_apart(connection: Connection, prepare: Callable[..., Callable[[], dict]], arguments: dict) -> None:
+    """Sends a pair when it is ready and one when it has measured: the cell, if there is one, and what went wrong."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        measure = prepare(**arguments)
+        connection.send((None, None))
+        connection.recv()
+        connection.send((measure(), None))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((None, f"{type(error).__name__}: {error}"))
+
+
 class Run:
     """
     The clock, and the results, which are on the disk whenever a cell is done: a run that is cut short keeps the others,
@@ -59,6 +117,10 @@ class Run:
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+    def left(self) -> float | None:
+        """Seconds of the budget; `None`: no end of them."""
+        return max(0.0, self.budget - self.elapsed()) if self.budget else None
 
     def write(self) -> None:
         self.results["seconds"] = self.elapsed()

@@ -15,6 +15,7 @@ a flash kernel.
     kernels        the time of the kernels alone, where the launches take most of the wall time
     checkpointing  `gradient_checkpointing_enable()`, of every layer
     Liger          its fused loss, which never holds the logits; the rest of either model as it is
+    compiled       `torch.compile(model)`, all models in processes of their own at the same time, then timed in turns
 
 The cells that matter most come first; what does not fit or would outlast the budget is listed.
 """
@@ -22,11 +23,12 @@ The cells that matter most come first; what does not fit or would outlast the bu
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
-from benchmark_run import LeftOut, Models, Run, run_cells
+from benchmark_run import Apart, LeftOut, Models, Run, is_out_of_memory, run_cells
 from benchmark_tools import (
     RESULTS,
     Wrong,
@@ -42,6 +44,7 @@ from benchmark_tools import (
     weight_bytes,
 )
 from model_shapes import CONFIGS, SHAPES, based_config, build
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -81,6 +84,54 @@ def verify(shape: str, device: torch.device, dtype: torch.dtype, length: int = 5
     return errors
 
 
+def steps(
+    model: PreTrainedModel, forward: nn.Module, args: argparse.Namespace, rate: float, length: int, batch: int
+) -> Callable[[], dict]:
+    """What times training steps of `model`, which calls it as `forward`."""
+    ids = random_ids(model, batch, length)
+
+    def step() -> torch.Tensor:
+        loss = training_step(forward, ids)
+        model.zero_grad()
+        return loss
+
+    def check(loss: torch.Tensor) -> None:
+        if not loss.isfinite():
+            raise Wrong(f"The loss is {loss}.")
+
+    def measure() -> dict:
+        cell = speed(step, model.device, args.seconds, check)
+        seconds, added = cell["ms"] / 1e3, cell.pop("added_bytes")
+        flops = 3 * forward_flops(model, batch, length, kept=length)
+        return {
+            **cell,
+            "tokens_per_second": batch * length / seconds,
+            "flops": flops,
+            "share_of_limit": flops / rate / seconds,
+            "peak_bytes": weight_bytes(model) + added if model.device.type == "cuda" else 0,
+        }
+
+    return measure
+
+
+def prepare_compiled(
+    args: argparse.Namespace, rate: float, shape: str, model: str, mode: str, length: int, batch: int
+) -> Callable[[], dict]:
+    """In a process of its own: a compiled model, ready to be timed."""
+    of_kind = build(CONFIGS[model](shape), args.device, getattr(torch, args.dtype)).train()
+    forward = torch.compile(of_kind)
+    try:
+        training_step(forward, random_ids(of_kind, batch, length))
+    except Exception as error:
+        # Others may have the memory now; it is free when this one's turn comes.
+        if not is_out_of_memory(error):
+            raise
+    of_kind.zero_grad()
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
+    return steps(of_kind, forward, args, rate, length, batch)
+
+
 class TrainingRun(Run):
     def __init__(self, args: argparse.Namespace):
         device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -113,19 +164,37 @@ class TrainingRun(Run):
             # What is claimed first: long rows with checkpointing, short ones without.
             for length, mode in sorted(cells, key=lambda cell: (cell[0] >= LONG) != (cell[1] == "checkpointing")):
                 self.cells(shape, length, mode)
-        for mode in ("Liger", "compiled"):
-            for shape in args.shapes:
-                for length in {"Liger": args.lengths if args.liger else [], "compiled": args.compile_lengths}[mode]:
-                    self.cells(shape, length, mode)
+        self.compiled()
+        for shape in args.shapes:
+            for length in args.lengths if args.liger else []:
+                self.cells(shape, length, "Liger")
+
+    def names(self, shape: str, length: int, mode: str) -> list[dict]:
+        batch = max(1, self.args.tokens // length)
+        return [{"shape": shape, "model": kind, "mode": mode, "length": length, "batch": batch} for kind in KINDS]
 
     def cells(self, shape: str, length: int, mode: str) -> None:
-        batch = max(1, self.args.tokens // length)
-        for kind in KINDS:
-            name = {"shape": shape, "model": kind, "mode": mode, "length": length, "batch": batch}
-            guess = GUESS_COMPILED_SECONDS if mode == "compiled" else GUESS_SECONDS
-            self.attempt(name, lambda: self.measure(**name), kind=(shape, kind, mode), guess=guess)  # noqa: B023
-            if mode == "compiled":
-                release_memory()
+        for name in self.names(shape, length, mode):
+            kind = shape, name["model"], mode
+            self.attempt(name, lambda: self.measure(**name), kind=kind, guess=GUESS_SECONDS)  # noqa: B023
+
+    def compiled(self) -> None:
+        shapes, lengths = self.args.shapes, self.args.compile_lengths
+        names = [name for length in lengths for shape in shapes for name in self.names(shape, length, "compiled")]
+        left = self.left()
+        if not names or (left is not None and left < GUESS_COMPILED_SECONDS):
+            for name in names:
+                self.leave_out(name, "time limit")
+            return
+        self.models.built.clear()
+        release_memory()
+        rate = self.results["product_flops_per_second"]
+        apart = [Apart(prepare_compiled, len(names), args=self.args, rate=rate, **name) for name in names]
+        for each in apart:
+            each.wait(self.left())
+        for name, each in zip(names, apart):
+            self.attempt(name, lambda: each.measure(self.left()), kind="compiled")  # noqa: B023
+            each.kill()
 
     def measure(self, shape: str, model: str, mode: str, length: int, batch: int) -> dict:
         args, of_kind = self.args, self.models.get(shape, model).train()
@@ -136,33 +205,12 @@ class TrainingRun(Run):
             of_kind.gradient_checkpointing_enable({"use_reentrant": False})
         if mode == "Liger":
             self.patch(of_kind)
-        ids = random_ids(of_kind, batch, length)
-        forward = torch.compile(of_kind) if mode == "compiled" else of_kind
-
-        def step() -> torch.Tensor:
-            loss = training_step(forward, ids)
-            of_kind.zero_grad()
-            return loss
-
-        def check(loss: torch.Tensor) -> None:
-            if not loss.isfinite():
-                raise Wrong(f"The loss of {NAMES[model]} is {loss}.")
-
         try:
-            cell = speed(step, self.device, args.seconds, check)
+            return steps(of_kind, of_kind, args, self.results["product_flops_per_second"], length, batch)()
         finally:
             of_kind.zero_grad()
             if mode == "Liger":
                 self.models.drop(shape, model)
-        seconds, added = cell["ms"] / 1e3, cell.pop("added_bytes")
-        flops = 3 * forward_flops(of_kind, batch, length, kept=length)
-        return {
-            **cell,
-            "tokens_per_second": batch * length / seconds,
-            "flops": flops,
-            "share_of_limit": flops / self.results["product_flops_per_second"] / seconds,
-            "peak_bytes": weight_bytes(of_kind) + added if self.device.type == "cuda" else 0,
-        }
 
     def patch(self, model: PreTrainedModel) -> None:
         if not importlib.util.find_spec("liger_kernel"):

@@ -2,12 +2,15 @@
 """The benchmarks of the whole model, prefill, training step and profile: run on the tiny shape, their numbers agree,
 and they refuse what is wrong. No speed is asserted."""
 
+import importlib
 import json
+import os
 import sys
+import time
 
 import pytest
 import torch
-from programs import load_program
+from programs import load_program, run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 import transformers_based.modeling_based as modeling_based
@@ -15,6 +18,8 @@ import transformers_based.modeling_based as modeling_based
 
 tools = load_program("examples/benchmark_tools.py")
 shapes = load_program("examples/model_shapes.py")
+# As other processes find it by its name.
+runs = importlib.import_module("benchmark_run")
 
 
 @pytest.fixture
@@ -110,9 +115,60 @@ def test_long_rows_are_timed_with_checkpointing_first(monkeypatch):
     run = program.TrainingRun(program.parse_arguments())
     order = []
     monkeypatch.setattr(run, "cells", lambda shape, length, mode: order.append((length, mode)))
+    monkeypatch.setattr(run, "compiled", lambda: order.append("compiled"))
     run.all()
     assert order[:3] == [(2048, ""), (8192, ""), (32768, "checkpointing")]
-    assert sorted(order[3:]) == [(2048, "checkpointing"), (2048, "compiled"), (8192, "checkpointing"), (32768, "")]
+    assert sorted(order[3:-1]) == [(2048, "checkpointing"), (8192, "checkpointing"), (32768, "")]
+    assert order[-1] == "compiled"
+
+
+def test_compiled_models_are_timed_in_turns(tmp_path):
+    """Each in its process; what the compiler does is not the concern here, and takes a minute."""
+    options = ("--shapes", "tiny", "--device", "cpu", "--lengths", "30", "--tokens", "60", "--seconds", "0.01")
+    options += ("--compile-lengths", "40", "30", "--output", tmp_path)
+    run_python("examples/benchmark_training.py", *options, TORCHDYNAMO_DISABLE="1")
+    results = json.loads((tmp_path / "training.json").read_text())
+    assert results["left_out"] == []
+    cells = [(cell["model"], cell["length"], cell["batch"]) for cell in results["cells"] if cell["mode"] == "compiled"]
+    assert cells == [("based", 40, 1), ("llama", 40, 1), ("based", 30, 2), ("llama", 30, 2)]
+    for cell in results["cells"]:
+        assert cell["tokens_per_second"] == pytest.approx(1e3 * cell["batch"] * cell["length"] / cell["ms"])
+    assert "- 30 tokens, compiled: " in (tmp_path / "training.md").read_text()
+
+
+def fail_to_prepare(message):
+    raise ValueError(message)
+
+
+def prepare_to_fail(message):
+    return lambda: fail_to_prepare(message)
+
+
+def die(message):
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error"), [(fail_to_prepare, RuntimeError), (prepare_to_fail, RuntimeError), (die, EOFError)]
+)
+def test_a_cell_apart_that_fails_says_so(prepare, error, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    apart = runs.Apart(prepare, 2, message="a bad day")
+    apart.wait(60)
+    with pytest.raises(error, match=None if error is EOFError else "^ValueError: a bad day$"):
+        apart.measure(60)
+    apart.kill()
+    assert not apart.process.is_alive()
+
+
+def test_a_cell_apart_that_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    apart = runs.Apart(time.sleep, 1, seconds=60)
+    apart.wait(0.0)
+    with pytest.raises(runs.LeftOut, match="time limit"):
+        apart.measure(0.0)
+    apart.kill()
+    assert not apart.process.is_alive()
 
 
 def test_profile_counts_every_operator_once(run_program):

@@ -2,6 +2,7 @@
 """What the model does beside Taylor attention, in training: fused or merged, it is what PyTorch computes in fp64."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -326,6 +327,66 @@ def test_a_compiled_model_leaves_its_sums_too(tiny_model):
     with torch.no_grad():
         got = compiled(ids, use_cache=False).last_hidden_state
         torch.testing.assert_close(got, model.model(ids, use_cache=False).last_hidden_state)
+
+
+def kept_by_compiled_training(model, ids, compiler):
+    """How many tensors of each width, `[B, T, width]` or `[B * T, width]`, the backward pass of a loss waits with."""
+    kept = Counter()
+
+    def pack(x):
+        if x.is_floating_point() and x.dim() > 1 and x.shape[:-1].numel() == ids.numel():
+            kept[x.shape[-1]] += 1
+        return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = compiled(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return kept
+
+
+def check_kept_by_compiled_training(model, compiler):
+    """Gradients are those of fp64; no product keeps what is cheap to make anew from what is there in any case."""
+    config, ids = model.config, torch.randint(1, 97, (2, 48), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    _, want = loss_and_gradients(copy.deepcopy(model).double(), ids)
+    model.zero_grad(set_to_none=True)
+    kept = kept_by_compiled_training(model, ids, compiler)
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x.grad.double(), want[name], rtol=1e-3, atol=1e-4 * want[name].abs().max().item())
+    assert kept[config.intermediate_size] == 2 * config.num_hidden_layers
+    assert kept[config.hidden_size] == 2 * config.num_hidden_layers + 1
+    return kept
+
+
+CONVOLUTIONS = {"layer_types": ["conv", "conv"], "intermediate_size": 56, "conv_intermediate_size": 40}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_compiled_training_keeps(tiny_model, checkpointing):
+    """On a CPU, by the same partition of the graph as Inductor's; with checkpointing of layers, their inputs."""
+    model = tiny_model(**CONVOLUTIONS).train()
+    if not checkpointing:
+        check_kept_by_compiled_training(model, "aot_eager_decomp_partition")
+        return
+    ids = torch.arange(1, 17)[None]
+    _, want = loss_and_gradients(copy.deepcopy(model).double(), ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad(set_to_none=True)
+    kept = kept_by_compiled_training(model, ids, "aot_eager_decomp_partition")
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x.grad.double(), want[name], rtol=1e-3, atol=1e-4 * want[name].abs().max().item())
+    assert kept[model.config.intermediate_size] == 0
+    assert 0 < kept[model.config.hidden_size] <= model.config.num_hidden_layers + 1
+
+
+@pytest.mark.gpu
+def test_gpu_what_compiled_training_keeps(tiny_model, use_backend):
+    use_backend("triton")
+    kept = check_kept_by_compiled_training(tiny_model(**CONVOLUTIONS).cuda().train(), "inductor")
+    assert kept[CONVOLUTIONS["conv_intermediate_size"]] == 0
+    assert kept[2 * CONVOLUTIONS["conv_intermediate_size"]] == 2
 
 
 @pytest.mark.gpu

@@ -12,8 +12,11 @@
 The fused steps have no backward: they run where no gradient is asked for.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .backend import backend_wanted, based_kernels, can_fuse, choose_backend
@@ -39,6 +42,21 @@ def _are_plain(*tensors: torch.Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether `torch.func` is at work, which follows no `autograd.Function` and not every change in place."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _compiles_training() -> bool:
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+def _made_anew(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """
+    `function(*inputs)`, cheap to make, for a product with weights. Where training is compiled, the backward of that
+    product makes it anew from `inputs`, which others keep in any case. Without a compiler the product keeps what it is
+    given.
+    """
+    if _compiles_training():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
 
 @torch.compiler.assume_constant_result
@@ -161,13 +179,18 @@ def rms_norm(
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
     in_place = in_place and _can_hold_sum(residual, hidden_states)
-    if _are_plain(hidden_states, weight) and _is_fused("RMSNorm", hidden_states):
+    # A compiler that sees the arithmetic does it beside what comes before and after.
+    if _are_plain(hidden_states, weight) and not _compiles_training() and _is_fused("RMSNorm", hidden_states):
         return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual, in_place=in_place)
     if residual is not None:
         hidden_states = residual.add_(hidden_states) if in_place else residual + hidden_states
     x = hidden_states.to(at_least_fp32(hidden_states.dtype))
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (weight * x).to(weight.dtype), hidden_states
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return _made_anew(_scaled, hidden_states, scale, weight), hidden_states
+
+
+def _scaled(hidden_states: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (weight * (hidden_states.to(scale.dtype) * scale)).to(weight.dtype)
 
 
 def _can_hold_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
@@ -176,8 +199,12 @@ def _can_hold_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of `[B, T, C]`."""
-    if gate.dtype == up.dtype and _are_plain(gate, up) and _is_fused("SwiGLU", gate):
+    if gate.dtype == up.dtype and _are_plain(gate, up) and not _compiles_training() and _is_fused("SwiGLU", gate):
         return based_kernels.swiglu(gate, up)
+    return _made_anew(_gated, gate, up)
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
 
@@ -233,15 +260,21 @@ def gated_short_conv(
     Returns:
         `[B, T, C]` and the next state `[B, K - 1, C]` or `None`, in the dtype of `projected`.
     """
-    return based_kernels.gated_short_conv(
-        projected,
-        weight,
-        state=None if state is None else state.to(projected.dtype),
-        mask=mask,
-        places=places,
-        document_ids=document_ids,
-        output_final_state=output_final_state,
-    )
+
+    def convolve(projected: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return based_kernels.gated_short_conv(
+            projected,
+            weight,
+            state=None if state is None else state.to(projected.dtype),
+            mask=mask,
+            places=places,
+            document_ids=document_ids,
+            output_final_state=output_final_state,
+        )
+
+    if output_final_state:
+        return convolve(projected, weight)
+    return _made_anew(lambda *inputs: convolve(*inputs)[0], projected, weight), None
 
 
 def gated_short_conv_step(
