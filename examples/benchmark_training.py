@@ -21,6 +21,7 @@ The cells that matter most come first; what does not fit or would outlast the bu
 """
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import torch
 from benchmark_report import NAMES, Panel, find, left_out_list, machine_line, markdown_table, noise, write_report
-from benchmark_run import Apart, LeftOut, Models, Run, is_out_of_memory, run_cells
+from benchmark_run import Apart, LeftOut, Models, Run, run_cells
 from benchmark_tools import (
     RESULTS,
     Wrong,
@@ -120,12 +121,9 @@ def prepare_compiled(
     """In a process of its own: a compiled model, ready to be timed."""
     of_kind = build(CONFIGS[model](shape), args.device, getattr(torch, args.dtype)).train()
     forward = torch.compile(of_kind)
-    try:
+    # Others may have the memory now, which has many names; what is still wrong when this one's turn comes, shows then.
+    with contextlib.suppress(Exception):
         training_step(forward, random_ids(of_kind, batch, length))
-    except Exception as error:
-        # Others may have the memory now; it is free when this one's turn comes.
-        if not is_out_of_memory(error):
-            raise
     of_kind.zero_grad()
     if args.device != "cpu":
         torch.cuda.empty_cache()

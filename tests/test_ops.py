@@ -2,10 +2,12 @@
 """What the model does beside Taylor attention, in training: fused or merged, it is what PyTorch computes in fp64."""
 
 import copy
+import importlib.util
 from collections import Counter
 
 import pytest
 import torch
+from programs import run_python
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -381,9 +383,22 @@ def test_what_compiled_training_keeps(tiny_model, checkpointing):
     assert 0 < kept[model.config.hidden_size] <= model.config.num_hidden_layers + 1
 
 
+def test_what_compiled_training_keeps_beside_kernels():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    program = ("tests/kept_without_gpu.py", "90", "8", "16", "bfloat16")
+    done = run_python(*program, TRITON_INTERPRET=None, TRANSFORMERS_BASED_BACKEND="triton")
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    # Two convolutions, Taylor attention with its table of rolls, the window.
+    assert counts["kernels"] == "5"
+    # Gate and up of each layer, the two projections of each convolution; no product of a gate, no output.
+    assert counts["56"] == "8"
+    assert counts["80"] == "2"
+    assert "40" not in counts
+
+
 @pytest.mark.gpu
-def test_gpu_what_compiled_training_keeps(tiny_model, use_backend):
-    use_backend("triton")
+def test_gpu_what_compiled_training_keeps(tiny_model):
     kept = check_kept_by_compiled_training(tiny_model(**CONVOLUTIONS).cuda().train(), "inductor")
     assert kept[CONVOLUTIONS["conv_intermediate_size"]] == 0
     assert kept[2 * CONVOLUTIONS["conv_intermediate_size"]] == 2

@@ -45,7 +45,7 @@ def is_transformed() -> bool:
 
 
 def _compiles_training() -> bool:
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 def _made_anew(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
