@@ -256,7 +256,7 @@ class ModelRun:
         return {"shape": self.shape, "model": self.kind, "mode": mode, **what}
 
     def step_limit(self, batch: int, length: float) -> float:
-        """Seconds that a step cannot go below."""
+        """Seconds that the bytes of a step take which reads and writes each state once."""
         moved = self.weight_bytes + batch * self.sizes["moved"](length)
         return moved / self.run.results["copy_bytes_per_second"]
 

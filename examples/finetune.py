@@ -63,7 +63,14 @@ class Bytes:
 def find_tokenizer(name: str | None, model: str, vocab_size: int) -> PreTrainedTokenizerBase | Bytes:
     """The tokenizer `name`, by default the model's own, else bytes."""
     try:
-        return AutoTokenizer.from_pretrained(name or model)
+        tokenizer = AutoTokenizer.from_pretrained(name or model)
+        if len(tokenizer) > vocab_size:
+            sys.exit(
+                f"{name or model} has {len(tokenizer)} tokens, the model {vocab_size}: choose another --tokenizer."
+            )
+        if tokenizer.eos_token_id is None:
+            sys.exit(f"{name or model} has no token for the end of a text: choose another --tokenizer.")
+        return tokenizer
     except (OSError, ValueError) as error:
         if name is not None or vocab_size < 257:
             sys.exit(f"No tokenizer in {name or model}: {str(error).splitlines()[0]} Choose one with --tokenizer.")
@@ -221,15 +228,32 @@ def draw(history: list[dict[str, float]], path: Path) -> None:
     print(f"Losses drawn to {path}.")
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tunes a Based model.")
     parser.add_argument("--model", default=str(SMALL_MODEL), help="folder or Hub id, in either layout")
     parser.add_argument(
-        "--dtype", default="float32", help="of the weights; bfloat16 loses small steps (auto: as saved)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        default="float32",
+        help="of the weights; bfloat16 loses small steps (auto: as saved)",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the model's own, else bytes)")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/finetuned"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs/finetuned"), help="for the result and checkpoints"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the pieces, dropout and new adapters")
     parser.add_argument("--prompt", default="Based is", help="to generate from at the end")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result, as you/name")
 
@@ -240,25 +264,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--dataset-config", help="which of several it holds")
     data.add_argument("--split", default="train", help='of the dataset; "train[:1%%]" is a part of it')
     data.add_argument("--text-column", default="text", help="where the texts are in records")
-    data.add_argument("--block-size", type=int, default=128, help="most tokens in a piece")
-    data.add_argument("--held-out", type=float, default=0.1, help="share of the pieces that is only evaluated on")
+    data.add_argument("--block-size", type=positive, default=128, help="most tokens in a piece")
+    data.add_argument("--held-out", type=share, default=0.1, help="share of the pieces that is only evaluated on")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=float, default=10.0)
+    training.add_argument("--epochs", type=float, default=10.0, help="times through the text (default: 10)")
     training.add_argument("--max-steps", type=int, default=-1, help="overrules --epochs where positive")
-    training.add_argument("--learning-rate", type=float, default=1e-3)
-    training.add_argument("--batch-size", type=int, default=8, help="pieces in a batch, on each device")
-    training.add_argument("--accumulate", type=int, default=1, help="batches in a step")
+    training.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="after 10 steps, then falling to 0 (default: 1e-3)"
+    )
+    training.add_argument("--batch-size", type=positive, default=8, help="pieces in a batch, on each device")
+    training.add_argument("--accumulate", type=positive, default=1, help="batches in a step")
     training.add_argument("--packing", action="store_true", help="no padding: the pieces of a batch share a row")
-    training.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank only")
+    training.add_argument("--lora", type=positive, metavar="RANK", help="train adapters of this rank only")
     training.add_argument("--lora-targets", nargs="+", metavar="LAYER", help="such as q_proj (default: all linear)")
-    training.add_argument("--lora-dropout", type=float, default=0.0)
+    training.add_argument("--lora-dropout", type=float, default=0.0, help="of what goes into an adapter")
     training.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay as they are")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    training.add_argument("--eval-steps", type=int, default=100, help="steps from one evaluation to the next")
-    training.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next (default: none)")
+    training.add_argument("--eval-steps", type=positive, default=100, help="steps from one evaluation to the next")
+    training.add_argument("--save-steps", type=positive, help="steps from one checkpoint to the next (default: none)")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.block_size < 2:
+        parser.error("--block-size must be at least 2: of a token alone nothing is predicted.")
+    if not args.lora and (args.lora_targets or args.lora_dropout):
+        parser.error("--lora-targets and --lora-dropout need --lora RANK: without it all weights are trained.")
+    if not args.prompt or args.push_to_hub == "":
+        parser.error("--prompt and --push-to-hub want a text that is not empty.")
+    return args
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:

@@ -79,8 +79,9 @@ def table(results: dict) -> str:
         "# Speed of generate()",
         "",
         f"{machine_line(results)}; {results['dtype']}, random weights; prompt of {results['prompt']:,} tokens "
-        f"and {results['new_tokens']:,} new ones, greedy. Limit: weights, states and windows of a step over the "
-        f"bandwidth of a copy, {results['copy_bytes_per_second'] / 1e9:,.0f} GB/s. Written by "
+        f"and room for {results['new_tokens']:,} new ones, of which the first are timed, greedy. Limit: weights, "
+        "states and windows of a step, each state read and written once (the lazy step writes it less often), over "
+        f"the bandwidth of a copy, {results['copy_bytes_per_second'] / 1e9:,.0f} GB/s. Written by "
         "`examples/benchmark_generation.py`, which says how each number comes about.",
     ]
     for shape in results["verified"]:

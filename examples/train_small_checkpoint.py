@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
-"""Trains examples/small_checkpoint, a Based model of 3.5 million parameters that writes English, and a Llama beside it.
+"""Trains examples/small_checkpoint, a Based model of 3.6 million parameters that writes English, and a Llama beside it.
 
     apt-get install bible-kjv
     bible -f gen1:1-rev22:21 > outputs/kjv.txt
@@ -223,7 +223,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains the small checkpoint of the examples, and a Llama beside it.")
     parser.add_argument("--text", type=Path, required=True, help="the output of `bible -f gen1:1-rev22:21`")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its model card")
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--batch-size", type=int, default=32, help="blocks in a batch")
     parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
     parser.add_argument("--learning-rate", type=float, default=2e-3)

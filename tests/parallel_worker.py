@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from programs import load_program
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from transformers_based import BasedConfig, BasedForCausalLM
@@ -28,6 +28,7 @@ from transformers_based import BasedConfig, BasedForCausalLM
 
 STEPS, ROWS, LENGTH = 5, 4, 21
 sequence_parallel = load_program("examples/sequence_parallel.py")
+pad = load_program("examples/finetune.py").pad
 
 
 def batches() -> torch.Tensor:
@@ -58,6 +59,25 @@ def train(model, optimizer, rows=slice(None), backward=torch.Tensor.backward) ->
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
+
+
+def train_by_trainer(model, rows_each: int, folder: Path) -> None:
+    """Five of its steps on rows of 3 to 21 tokens, `rows_each` for every process, in their order."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=STEPS,
+        per_device_train_batch_size=rows_each,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        **options,
+        **quiet,
+    )
+    rows = batches().flatten(0, 1).tolist()
+    rows = [{"input_ids": row[: 3 + 18 * i % 19]} for i, row in enumerate(rows)]
+    Trainer(model=model, args=arguments, data_collator=pad, train_dataset=rows).train()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,6 +117,12 @@ def ddp(folder: Path) -> dict:
     model = accelerator.unwrap_model(model)
     model.save_pretrained(folder / "ddp", is_main_process=accelerator.is_main_process)
     return {"losses": losses, "weights": weights(model)}
+
+
+def trainer(folder: Path) -> dict:
+    model = load(folder)
+    train_by_trainer(model, ROWS // dist.get_world_size(), folder)
+    return {"processes": AcceleratorState().num_processes, "weights": weights(model)}
 
 
 def fsdp2_of_accelerate(folder: Path) -> dict:
@@ -246,7 +272,7 @@ def refusals(folder: Path) -> dict:
     }
 
 
-CHECKS = (ddp, fsdp2_of_accelerate, fsdp2, tensor_parallel, original_checkpoint, sequence, refusals, zero3)
+CHECKS = (ddp, trainer, fsdp2_of_accelerate, fsdp2, tensor_parallel, original_checkpoint, sequence, refusals, zero3)
 
 
 def main(folder: Path) -> None:

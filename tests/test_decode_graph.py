@@ -389,13 +389,14 @@ def rms(x):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_exact_as_the_plain_path(model, replays, dtype):
-    """Logits over 100 steps against fp64, beside the plain forward in the same dtype on the same tokens."""
+def test_half_precision_is_as_exact_as_the_plain_path(model, replays, dtype, monkeypatch):
+    """Logits over 100 steps against fp64, beside plain PyTorch's forward in the same dtype on the same tokens."""
     exact = copy.deepcopy(model).double()
     half = model.to(dtype)
     output = half.generate(
         prompt(), max_new_tokens=100, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
     expected, plain = (m(output.sequences[:, :-1], use_cache=False).logits[:, 10:] for m in (exact, half))
     assert len(replays) == 98
     error, allowed = rms(torch.stack(output.logits, dim=1) - expected), rms(plain - expected)
@@ -412,10 +413,14 @@ def test_runs_repeat_bit_by_bit(model):
 
 
 @pytest.mark.gpu
-def test_gpu_512_steps_are_those_of_the_plain_path(model, replays):
-    options = {"max_new_tokens": 512, "do_sample": False}
-    assert torch.equal(model.generate(prompt(3), **options), plainly(model, prompt(3), **options))
+def test_gpu_512_steps_are_those_of_the_plain_path(model, replays, monkeypatch):
+    """Of plain PyTorch, with a dynamic cache: no graph and no kernel of ours."""
+    options, dynamic = {"max_new_tokens": 512, "do_sample": False}, {"cache_implementation": "dynamic"}
+    got = model.generate(prompt(3), **options)
     assert len(replays) == 510
+    assert torch.equal(got, model.generate(prompt(3), **options, **dynamic))
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    assert torch.equal(got, model.generate(prompt(3), **options, **dynamic))
 
 
 @pytest.mark.gpu

@@ -169,6 +169,7 @@ def refused(capsys, *arguments):
         ("x" * 5000, ("--train-file", "{folder}/nothing.txt"), "There is no file .*nothing.txt"),
         ("x" * 5000, ("--dataset", "{folder}/nothing"), "nothing cannot be read as a dataset"),
         ("x" * 5000, ("--push-to-hub", "me/tuned"), "hf auth login"),
+        ("x" * 5000, ("--model", "{reference}", "--tokenizer", "{small}"), r"2048 tokens, .* --tokenizer"),
         ({"text": 3}, (), "'text' .* holds no text: 3"),
         ({"story": "once"}, (), "no column 'text': choose --text-column from .*story"),
         ("{'not json", ("--train-file", "{folder}/text.json"), "text.json cannot be read as a dataset"),
@@ -181,10 +182,31 @@ def test_refuses_in_a_line(tmp_path, capsys, monkeypatch, content, options, mess
     content = content if isinstance(content, str) else json.dumps(content)
     for path in (tmp_path / name, tmp_path / "text.json"):
         path.write_text(content)
-    options = [option.format(folder=tmp_path) for option in options]
+    small = ROOT / "examples" / "small_checkpoint"
+    options = [option.format(folder=tmp_path, small=small, reference=REFERENCE) for option in options]
     arguments = ("--train-file", tmp_path / name, "--output-dir", tmp_path / "output", *options)
     assert re.search(message, refused(capsys, *arguments))
     assert not (tmp_path / "output" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--block-size", "1"), "--block-size must be at least 2"),
+        (("--block-size", "0"), "--block-size: 0 is not a number of at least 1"),
+        (("--held-out", "1.5"), "--held-out: 1.5 is not between 0 and 1"),
+        (("--batch-size", "0"), "--batch-size: 0 is not a number of at least 1"),
+        (("--lora", "-3"), "--lora: -3 is not a number of at least 1"),
+        (("--lora-targets", "q_proj"), "--lora-targets and --lora-dropout need --lora RANK"),
+        (("--dtype", "foo"), "--dtype: invalid choice: 'foo'"),
+        (("--prompt", ""), "--prompt and --push-to-hub want a text"),
+    ],
+    ids=str,
+)
+def test_refuses_options_before_anything_is_read(capsys, options, message):
+    with pytest.raises(SystemExit):
+        finetune.main(list(options))
+    assert message in capsys.readouterr().err
 
 
 def test_refuses_a_layer_that_is_not_there(tmp_path, capsys):

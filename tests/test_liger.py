@@ -70,12 +70,49 @@ def test_half_precision(tiny_model, batch, device):
     as_close_as_plain(model, {name: x.to(device) for name, x in batch.items()}, tolerance=4e-3)
 
 
+def test_documents_of_a_dataset_reach_the_model(tiny_model, batch, tmp_path):
+    """The column `seq_idx` is kept by Trainer, and the documents are apart: as without Liger."""
+    seq_idx = torch.tensor([0] * 8 + [1] * 13).expand(3, -1)
+    as_close_as_plain(with_liger(tiny_model()), {**batch, "seq_idx": seq_idx})
+    rows = [dict(zip(("input_ids", "labels", "seq_idx"), row)) for row in zip(*batch.values(), seq_idx)]
+    losses = []
+    for use_liger, with_documents in ((False, True), (True, True), (True, False)):
+        trainer = Trainer(
+            model=tiny_model(),
+            args=TrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=1,
+                per_device_train_batch_size=3,
+                report_to="none",
+                save_strategy="no",
+                use_liger_kernel=use_liger,
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=[{k: x for k, x in row.items() if with_documents or k != "seq_idx"} for row in rows],
+        )
+        losses.append(trainer.train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert abs(losses[2] - losses[0]) > 1e-3
+
+
+@pytest.mark.parametrize("liger", [True, False])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("shape", [(3, 22), (3, 20), (7, 9)])
+def test_refuses_labels_of_another_shape(tiny_model, batch, liger, name, shape):
+    model = with_liger(tiny_model()) if liger else tiny_model().train()
+    labels = {"labels": batch["labels"], name: torch.ones(shape, dtype=torch.long)}
+    with pytest.raises(ValueError, match=rf"`{name}` must be \[batch, tokens\] = \(3, 21\)"):
+        model(batch["input_ids"], **labels)
+
+
 def test_labels_shifted_by_the_caller(tiny_model, batch):
     model = with_liger(tiny_model())
     expected = model(**batch).loss
     shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
     torch.testing.assert_close(model(batch["input_ids"], shift_labels=shifted).loss, expected)
     torch.testing.assert_close(model(batch["input_ids"], shift_labels=shifted, skip_logits=False).loss, expected)
+    torch.testing.assert_close(tiny_model()(batch["input_ids"], shift_labels=shifted).loss, expected)
 
 
 def test_evaluation_and_generation_have_logits(tiny_model, batch):

@@ -40,6 +40,29 @@ def test_every_key_is_asked_once_for_its_value(setting):
     assert torch.equal(batch["places"], asked - 1)
 
 
+def test_the_task_is_that_of_the_papers():
+    task = training.Task()
+    assert (task.vocab_size, task.length) == (8192, 1024)
+    train = [(setting.length, setting.pairs, setting.share) for setting in task.train]
+    assert train == [(64, 4, 5), (128, 8, 1), (256, 16, 1), (256, 32, 1), (256, 64, 1)]
+    test = [(setting.length, setting.pairs) for setting in task.test]
+    assert test == [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+
+
+def test_what_lies_between_is_random():
+    """Tokens of the whole vocabulary, each about as often as the others."""
+    setting = Setting(512, 4)
+    batch = mqar.make_batch(setting, 64, 50, torch.Generator().manual_seed(0))
+    filler = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    filler[:, : 2 * setting.pairs] = False
+    filler.scatter_(1, batch["places"], False)
+    found = torch.bincount(batch["input_ids"][filler], minlength=50) / filler.sum()
+    assert len(found) == 50
+    # Five standard deviations of a count.
+    assert ((found - 1 / 50).abs() < 5 * (0.02 * 0.98 / filler.sum()).sqrt()).all()
+    assert not torch.equal(batch["input_ids"][0][filler[0]], batch["input_ids"][1][filler[1]])
+
+
 def test_gaps_follow_the_power_law():
     batch = mqar.make_batch(Setting(42, 1), 40_000, 50, torch.Generator().manual_seed(0))
     slots = ((batch["labels"] != -100).nonzero()[:, 1] - 3) // 2
@@ -106,7 +129,10 @@ def test_the_loss_is_that_of_the_model(kind):
     ours = training.AtQueries(model)(**batch)
     torch.testing.assert_close(ours["loss"], output.loss)
     is_asked = batch["labels"][:, 1:] != -100
-    torch.testing.assert_close(ours["logits"], output.logits[:, :-1][is_asked])
+    assert ours.keys() == {"loss"}
+    answers = training.AtQueries(model).eval()(**batch)
+    torch.testing.assert_close(answers["loss"], output.loss)
+    assert torch.equal(answers["logits"], output.logits[:, :-1][is_asked].argmax(-1))
     assert output.loss.item() > 1
 
 
@@ -246,6 +272,8 @@ def test_refuses_a_table_of_another_task(sweep, tmp_path):
     sweep()
     with pytest.raises(SystemExit, match=r"quick.csv is of 800 steps, not 900: choose another --output"):
         sweep("--steps", "900")
+    with pytest.raises(SystemExit, match=r"quick.csv is of 64 rows in a batch, not 32: choose another --output"):
+        sweep("--batch-size", "32")
 
 
 def test_most_telling_first():

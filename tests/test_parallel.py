@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from parallel_worker import CHECKS, batches, document, make_optimizer, train, weights
+from parallel_worker import CHECKS, ROWS, batches, document, make_optimizer, train, train_by_trainer, weights
 from programs import ROOT, held_out_losses, load_program, run_python
 
 from transformers_based import BasedForCausalLM
@@ -79,6 +79,16 @@ def test_five_steps_are_those_of_one_process(results, alone, untrained, engine):
     # And every one of them has moved.
     for name, x in weights(untrained).items():
         assert (x - weights(model)[name]).norm() > 1e-3 * x.norm(), name
+
+
+def test_trainer_over_two_processes_takes_the_steps_of_one(results, base, untrained, folder):
+    """With rows of unequal lengths: every token counts alike, whichever process has it."""
+    train_by_trainer(base, ROWS, folder)
+    for found in of(results, "trainer"):
+        assert found["processes"] == 2
+        for name, wanted in weights(base).items():
+            assert (found["weights"][name] - wanted).norm() <= 1e-9 * wanted.norm(), name
+            assert (wanted - weights(untrained)[name]).norm() > 1e-4 * wanted.norm(), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -240,6 +250,29 @@ def test_sequence_parallel_example_verifies_itself(results, folder):
     output = (folder / "output").read_text()
     assert "One process: loss" in output
     assert re.search(r"^Step 1: loss [\d.]+", output, re.MULTILINE)
+
+
+def test_sequence_parallel_over_three_processes():
+    """One of them receives a state and passes one on; the parts differ in length."""
+    three = [*TORCHRUN[:-1], "3"]
+    output = run_python(*three, "examples/sequence_parallel.py", "--tokens", "556", "--steps", "1", "--verify").stdout
+    assert "One process: loss" in output
+
+
+@pytest.mark.parametrize("spoilt", ["gradient", "loss", "none"])
+def test_sequence_parallel_example_notices_what_is_no_number(tiny_model, spoilt):
+    example, model = load_program("examples/sequence_parallel.py"), tiny_model().train()
+    ids = torch.randint(1, 97, (1, 12))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    loss = loss.detach()
+    if spoilt == "none":
+        example.verify(model, ids, loss)
+        return
+    if spoilt == "gradient":
+        model.get_parameter("model.layers.0.input_layernorm.weight").grad[3] = float("nan")
+    with pytest.raises(SystemExit, match="Not the same"):
+        example.verify(model, ids, loss * float("nan") if spoilt == "loss" else loss)
 
 
 def test_sequence_parallel_example_wants_torchrun():

@@ -117,7 +117,7 @@ def document(rows: list[dict], generation: dict) -> str:
         "[generation.md](../../results/generation.md)). The least time of a step is computed: weights, and what a step "
         "moves of the states of the batch, over the measured bandwidth of "
         f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s. At small batches the weights decide and the dials are "
-        "free; at large ones time is proportional to the state.",
+        "all but free; at large ones the state does.",
     ]
     for shape in shapes:
         lines += ["", *speed_part(generation, shape)]

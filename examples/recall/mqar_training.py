@@ -39,11 +39,15 @@ class AtQueries(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss, and the logits `[queries, vocabulary]` in the order of the labels; arguments as of `make_batch`."""
+        """
+        The loss and, in evaluation, as "logits" the likeliest token of each query, in the order of the labels;
+        arguments as of `make_batch`. To hand out logits in training would cost a gradient of their size for each.
+        """
         hidden_states = self.model.base_model(input_ids, use_cache=False)[0]
         hidden_states = hidden_states.gather(1, places[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
         logits = self.model.get_output_embeddings()(hidden_states.flatten(0, 1)).float()
-        return {"loss": nn.functional.cross_entropy(logits, labels.gather(1, places + 1).flatten()), "logits": logits}
+        output = {"loss": nn.functional.cross_entropy(logits, labels.gather(1, places + 1).flatten())}
+        return output if self.training else {**output, "logits": logits.argmax(dim=-1)}
 
 
 class Recorded(nn.Module):
@@ -73,11 +77,6 @@ class Recorded(nn.Module):
                 # Recording runs the model on a stream of its own, which nothing else takes memory from.
                 torch.cuda.empty_cache()
             return self.recordings[key](*batch)
-
-
-def best_token(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What evaluation keeps of the logits."""
-    return logits.argmax(dim=-1)
 
 
 def accuracy_by_pairs(prediction: EvalPrediction) -> dict[str, float]:
@@ -137,7 +136,6 @@ def train(cell: Cell, task: Task, device: str) -> dict:
                 in_turn=True,
             ),
             compute_metrics=accuracy_by_pairs,
-            preprocess_logits_for_metrics=best_token,
         )
         start = time.perf_counter()
         result = trainer.train()

@@ -38,7 +38,16 @@ LEARNING_RATES = (3e-3, 1e-2, 1e-3)
 POINTS = {
     "mamba": [(256, 16, 0), (128, 16, 0), (256, 32, 0), (64, 16, 0)],
     "based": [
-        *((128, 16, 72), (64, 16, 0), (128, 20, 48), (128, 24, 32), (128, 16, 0), (64, 8, 0), (128, 16, 32)),
+        *(
+            (128, 16, 72),
+            (80, 16, 80),
+            (64, 16, 0),
+            (128, 20, 48),
+            (128, 24, 32),
+            (128, 16, 0),
+            (64, 8, 0),
+            (128, 16, 32),
+        ),
         *((128, 24, 0), (128, 8, 0), (48, 16, 0), (128, 8, 64), (64, 24, 0), (48, 8, 0), (48, 24, 0)),
     ],
     "sliding_window": [(128, window, 0) for window in (64, 256, 16, 128, 1024, 32, 512, 8)],
@@ -80,9 +89,14 @@ class Table:
                 self.rows = list(reader)
             if reader.fieldnames != self.columns:
                 sys.exit(f"{path} has other columns than this run writes: choose another --output.")
-            if others := {row["steps"] for row in self.rows} - {str(task.steps)}:
-                # Who has trained for longer would win.
-                sys.exit(f"{path} is of {', '.join(others)} steps, not {task.steps}: choose another --output.")
+            for name, wanted, what in (
+                # Who has trained for longer, or on more rows, would win.
+                ("steps", task.steps, "steps"),
+                ("batch_size", task.batch_size, "rows in a batch"),
+                ("seed", task.seed, "as its seed"),
+            ):
+                if others := {row[name] for row in self.rows} - {str(wanted)}:
+                    sys.exit(f"{path} is of {', '.join(others)} {what}, not {wanted}: choose another --output.")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from .loss_based import check_labels
+
 
 # The depthwise taps of the convolution are left out: three weights a channel have no low rank.
 LORA_TARGETS = [
@@ -66,9 +68,13 @@ def _forward_with_fused_loss(
     logits_to_keep: int | torch.Tensor = 0,
     shift_labels: torch.LongTensor | None = None,
     skip_logits: bool | None = None,
+    seq_idx: torch.Tensor | None = None,
     **kwargs,
 ):
-    """`BasedForCausalLM.forward`; in training (or with `skip_logits`) the loss comes without logits."""
+    """
+    `BasedForCausalLM.forward`; in training (or with `skip_logits`) the loss comes without logits. Like that one it
+    names `seq_idx`: Trainer drops the columns of a dataset that the forward does not name.
+    """
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -76,6 +82,7 @@ def _forward_with_fused_loss(
         "past_key_values": past_key_values,
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
+        "seq_idx": seq_idx,
     }
     has_labels = labels is not None or shift_labels is not None
     if skip_logits and not has_labels:
@@ -83,9 +90,7 @@ def _forward_with_fused_loss(
     skip_logits = self.training and has_labels if skip_logits is None else skip_logits
     if not skip_logits or not _is_plain_product(self.lm_head):
         if shift_labels is not None:
-            # Which the loss prefers; only that there are labels is asked of the others.
             kwargs["shift_labels"] = shift_labels.contiguous()
-            labels = shift_labels if labels is None else labels
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
 
     if self.lm_head.weight.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -93,9 +98,11 @@ def _forward_with_fused_loss(
     liger = import_module("liger_kernel.transformers.model.llama")
     outputs = self.model(**inputs, **kwargs)
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    hidden_states = outputs.last_hidden_state[:, kept].contiguous()
+    check_labels(hidden_states.shape[:2], labels=labels, shift_labels=shift_labels)
     result = liger.lce_maybe_trainable_lm_head(
         self,
-        hidden_states=outputs.last_hidden_state[:, kept].contiguous(),
+        hidden_states=hidden_states,
         hidden_size=self.config.hidden_size,
         labels=labels,
         shift_labels=None if shift_labels is None else shift_labels.contiguous(),

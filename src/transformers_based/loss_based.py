@@ -77,6 +77,18 @@ class _TokenLosses(torch.autograd.Function):
         return gradient, None
 
 
+def check_labels(kept: tuple[int, ...], **labels: torch.Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: labels, by their names, that are not `[B, T]`, one for each of the tokens that are kept.
+    """
+    for name, x in labels.items():
+        if x is not None and x.shape != kept:
+            raise ValueError(
+                f"`{name}` must be [batch, tokens] = {tuple(kept)}, one for each of the logits; got {tuple(x.shape)}."
+            )
+
+
 def _pieces(logits: torch.Tensor) -> list[slice]:
     """Rows of `[N, V]`, as many at a time as `PIECE` elements hold."""
     size = max(1, PIECE // logits.shape[1])

@@ -49,7 +49,7 @@ from .configuration_based import BasedConfig
 from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
 from .integrations_based import register_integrations
 from .kernel_builds import build_kernels
-from .loss_based import causal_lm_loss
+from .loss_based import causal_lm_loss, check_labels
 from .ops import (
     at_least_fp32,
     can_attend_fused,
@@ -1202,13 +1202,9 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` must be [batch, tokens] = {tuple(logits.shape[:2])}, one for each of the logits; got "
-                    f"{tuple(labels.shape)}."
-                )
+        loss, shift_labels = None, kwargs.get("shift_labels")
+        if labels is not None or shift_labels is not None:
+            check_labels(logits.shape[:2], labels=labels, shift_labels=shift_labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
