@@ -16,13 +16,13 @@ torch.utils._triton.has_triton = lambda *arguments: True
 import sys  # noqa: E402
 from collections import Counter  # noqa: E402
 
-from launches_without_gpu import pretend  # noqa: E402
+from launches_without_gpu import pretend, small_config  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch._inductor.decomposition import select_decomp_table  # noqa: E402
 from triton import knobs  # noqa: E402
 
-from transformers_based import BasedConfig, BasedForCausalLM  # noqa: E402
+from transformers_based import BasedForCausalLM  # noqa: E402
 
 
 BATCH, LENGTH = 2, 96
@@ -47,20 +47,7 @@ def cut(joint, inputs, *, num_fwd_outputs, **options):
 def main():
     pretend()
     knobs.runtime.jit_cache_hook = None
-    config = BasedConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=4,
-        layer_types=["conv", "linear_attention", "sliding_attention", "conv"],
-        conv_intermediate_size=40,
-        num_attention_heads=2,
-        linear_num_heads=2,
-        linear_feature_dim=8,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    model = BasedForCausalLM(config).to(torch.bfloat16).train()
+    model = BasedForCausalLM(small_config(intermediate_size=56, conv_intermediate_size=40)).to(torch.bfloat16).train()
     compiler = aot_autograd(fw_compiler=None, partition_fn=cut, decompositions=select_decomp_table())
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     ids = torch.full((BATCH, LENGTH), 5)

@@ -53,21 +53,17 @@ def pretend():
     )
 
 
+def small_config(**sizes):
+    """All three mixers, one of them twice."""
+    options = {"layer_types": ["conv", "linear_attention", "sliding_attention", "conv"], "num_hidden_layers": 4}
+    options |= {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    options |= {"linear_num_heads": 2, "linear_feature_dim": 8, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return BasedConfig(**{**options, **sizes})
+
+
 def main():
     pretend()
-    config = BasedConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        layer_types=["conv", "linear_attention", "sliding_attention", "conv"],
-        num_attention_heads=2,
-        linear_num_heads=2,
-        linear_feature_dim=8,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    config = small_config()
     model = BasedForCausalLM(config).to(torch.bfloat16).eval()
     # rows enough that a gate of as many has other tiles than that of a step
     ids = torch.full((2, 512), 5)

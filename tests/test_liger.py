@@ -51,6 +51,12 @@ def as_close_as_plain(model, batch, tolerance=1e-6):
     return output
 
 
+def make_trainer(model, rows, folder, use_liger, **options):
+    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_liger_kernel": use_liger}
+    options["use_cpu"] = not torch.cuda.is_available()
+    return Trainer(model=model, args=TrainingArguments(output_dir=str(folder), **options), train_dataset=rows)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients(tiny_model, batch, tied, device):
@@ -77,20 +83,8 @@ def test_documents_of_a_dataset_reach_the_model(tiny_model, batch, tmp_path):
     rows = [dict(zip(("input_ids", "labels", "seq_idx"), row)) for row in zip(*batch.values(), seq_idx)]
     losses = []
     for use_liger, with_documents in ((False, True), (True, True), (True, False)):
-        trainer = Trainer(
-            model=tiny_model(),
-            args=TrainingArguments(
-                output_dir=str(tmp_path),
-                max_steps=1,
-                per_device_train_batch_size=3,
-                report_to="none",
-                save_strategy="no",
-                use_liger_kernel=use_liger,
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-            ),
-            train_dataset=[{k: x for k, x in row.items() if with_documents or k != "seq_idx"} for row in rows],
-        )
+        kept = [{k: x for k, x in row.items() if with_documents or k != "seq_idx"} for row in rows]
+        trainer = make_trainer(tiny_model(), kept, tmp_path, use_liger, max_steps=1, per_device_train_batch_size=3)
         losses.append(trainer.train().training_loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert abs(losses[2] - losses[0]) > 1e-3
@@ -151,22 +145,9 @@ def test_adapters(tiny_model, batch):
 def test_trainer_takes_the_same_steps(tiny_model, batch, tmp_path):
     weights, losses = [], []
     for use_liger in (False, True):
-        trainer = Trainer(
-            model=tiny_model(),
-            args=TrainingArguments(
-                output_dir=str(tmp_path),
-                max_steps=3,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=3,
-                learning_rate=0.01,
-                report_to="none",
-                save_strategy="no",
-                use_liger_kernel=use_liger,
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-            ),
-            train_dataset=[{"input_ids": x, "labels": y} for x, y in zip(batch["input_ids"], batch["labels"])],
-        )
+        options = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+        rows = [{"input_ids": x, "labels": y} for x, y in zip(batch["input_ids"], batch["labels"])]
+        trainer = make_trainer(tiny_model(), rows, tmp_path, use_liger, learning_rate=0.01, **options)
         losses.append(trainer.train().training_loss)
         weights.append(trainer.model.state_dict())
         assert (trainer.model.forward.__func__ is BasedForCausalLM.forward) == (not use_liger)
