@@ -348,6 +348,11 @@ def kept_by_compiled_training(model, ids, compiler):
     return kept
 
 
+def check_gradients(model, want):
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x.grad.double(), want[name], rtol=1e-3, atol=1e-4 * want[name].abs().max().item())
+
+
 def check_kept_by_compiled_training(model, compiler):
     """Gradients are those of fp64; no product keeps what is cheap to make anew from what is there in any case."""
     config, ids = model.config, torch.randint(1, 97, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -355,8 +360,7 @@ def check_kept_by_compiled_training(model, compiler):
     _, want = loss_and_gradients(copy.deepcopy(model).double(), ids)
     model.zero_grad(set_to_none=True)
     kept = kept_by_compiled_training(model, ids, compiler)
-    for name, x in model.named_parameters():
-        torch.testing.assert_close(x.grad.double(), want[name], rtol=1e-3, atol=1e-4 * want[name].abs().max().item())
+    check_gradients(model, want)
     assert kept[config.intermediate_size] == 2 * config.num_hidden_layers
     assert kept[config.hidden_size] == 2 * config.num_hidden_layers + 1
     return kept
@@ -377,8 +381,7 @@ def test_what_compiled_training_keeps(tiny_model, checkpointing):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.zero_grad(set_to_none=True)
     kept = kept_by_compiled_training(model, ids, "aot_eager_decomp_partition")
-    for name, x in model.named_parameters():
-        torch.testing.assert_close(x.grad.double(), want[name], rtol=1e-3, atol=1e-4 * want[name].abs().max().item())
+    check_gradients(model, want)
     assert kept[model.config.intermediate_size] == 0
     assert 0 < kept[model.config.hidden_size] <= model.config.num_hidden_layers + 1
 

@@ -45,6 +45,7 @@ def is_transformed() -> bool:
 
 
 def _compiles_training() -> bool:
+    # `is_exporting` would say yes to every compilation by Dynamo of torch 2.11.
     return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
