@@ -98,7 +98,8 @@ def assert_ends_like(trainer, expected, start, loss_tolerance=2e-6, tolerance=1e
     ):
         way = (goal - begin).norm()
         assert way > 1e-4, name
-        assert (parameter - goal).norm() <= tolerance * way, f"{name}: {(parameter - goal).norm() / way:.1e}"
+        error = (parameter.cpu() - goal).norm() / way
+        assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -151,11 +152,30 @@ def test_bf16(tiny_model, make_trainer, descent, collator):
     assert_ends_like(trainer, descent(), tiny_model(), loss_tolerance=5e-3, tolerance=0.1)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("collator", [pad, flatten_with_all], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "options",
+    [{"fp16": True}, {"bf16": True}, {"bf16": True, "torch_compile": True}, {"fp16": True, **CHECKPOINTED}],
+    ids=["fp16", "bf16", "compiled", "checkpointed"],
+)
+def test_gpu_mixed_precision(tiny_model, make_trainer, descent, collator, options):
+    torch._dynamo.reset()
+    trainer = make_trainer(tiny_model(), collator=collator, use_cpu=False, **options)
+    if scaler := trainer.accelerator.scaler:
+        # From 2^16 on it would skip steps until nothing overflows.
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    wider = 2 if "bf16" in options else 1
+    assert_ends_like(trainer, descent(), tiny_model(), loss_tolerance=5e-3 * wider, tolerance=0.1 * wider)
+
+
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("collator", [pad, flatten_with_all], ids=["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_gradients(tiny_model, dtype, collator, checkpointing):
-    """As near to fp64 as those of each row alone under autocast. (Trainer's own fp16 is for GPUs.)"""
+    """As near to fp64 as those of each row alone under autocast. (Trainer's own fp16: `test_gpu_mixed_precision`.)"""
     model, alone, exact = tiny_model().train(), tiny_model().train(), tiny_model().double()
     mean_loss(exact, ROWS).backward()
     if checkpointing is not None:

@@ -12,11 +12,12 @@
 The fused steps have no backward: they run where no gradient is asked for.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .backend import backend_wanted, based_kernels, can_fuse, choose_backend
@@ -49,6 +50,19 @@ def _compiles_training() -> bool:
     return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
+def _always_anew(*arguments, **options) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Older compilers (2.11 does) overlook what runs inside of an `autograd.Function`, unless each op is asked for. That
+# makes them warn of changes in place, of which there are none but of what a kernel has just made.
+_OF_KERNELS_TOO = (
+    {}
+    if torch.__version__ >= (2, 13)
+    else {"context_fn": functools.partial(create_selective_checkpoint_contexts, _always_anew)}
+)
+
+
 def _made_anew(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """
     `function(*inputs)`, cheap to make, for a product with weights. Where training is compiled, the backward of that
@@ -56,7 +70,7 @@ def _made_anew(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
     given.
     """
     if _compiles_training():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **_OF_KERNELS_TOO)
     return function(*inputs)
 
 
