@@ -310,12 +310,14 @@ def test_report_says_who_is_above(tmp_path):
         ("based", 4000, 0.98, 1e-2),
         ("based", 5000, 0.7, 1e-2),
         ("mamba", 500, 0.1, 1e-2),
+        ("mamba", 1500, 0.6, 1e-2),
         ("mamba", 4500, 0.99, 1e-2),
         ("sliding_window", 3999, 0.7, 1e-2),
     )
     text = report.document(tmp_path / "some.csv", rows)
     assert "Based with 4,000 bytes (0.980) is below Mamba with 4,500 (0.990" in text
     assert "Based with 1,000 bytes (0.800) is above sliding window with 3,999 (0.700" in text
+    assert "Mamba of width 64 has not learned the task in 3 steps (0.600 with 4 pairs)" in text
     # Nothing is as small.
     assert "with 500 (" not in text
     assert "Based reaches 0.97 with 4,000 bytes, 2^12.0" in text
