@@ -16,6 +16,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 def switch_on_fsdp(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
     """What `state` does for itself where there is an accelerator."""
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from transformers_based import BasedConfig, BasedForCausalLM
 
@@ -212,6 +213,30 @@ def tensor_parallel(folder: Path) -> dict:
     }
 
 
+def replicated(folder: Path) -> dict:
+    """A sliding attention whose heads cannot be shared out, left whole."""
+    if "replicate" not in ALL_PARALLEL_STYLES:
+        return {"not_here": "this transformers has no style `replicate`"}
+    values = load(folder).config.to_dict() | {"num_key_value_heads": 1}
+    alone = BasedForCausalLM(BasedConfig.from_dict(values)).double()
+    for x in alone.parameters():
+        dist.broadcast(x.data, 0)
+    alone.save_pretrained(folder / "replicated", is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    plan = {f"model.layers.*.self_attn.{x}_proj": "replicate" for x in "qkvo"}
+    config = DistributedConfig(tp_size=2, tp_plan=plan)
+    model = BasedForCausalLM.from_pretrained(folder / "replicated", dtype=torch.float64, distributed_config=config)
+    results = {"sharded": [name for name, x in model.named_parameters() if isinstance(x, DTensor)]}
+    ids = batches()[0]
+    for prefix, x in (("", model), ("expected_", alone)):
+        logits = x.train()(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        results[prefix + "logits"] = whole(logits)
+        results[prefix + "gradients"] = {name: whole(p.grad) for name, p in x.named_parameters()}
+        results[prefix + "generated"] = x.eval().generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    return results
+
+
 def original_checkpoint(folder: Path) -> dict:
     """The reference checkpoint, in its original layout, read by two ranks: how far from what the original computes."""
     path = Path(__file__).parent / "reference" / "based-tiny"
@@ -272,7 +297,18 @@ def refusals(folder: Path) -> dict:
     }
 
 
-CHECKS = (ddp, trainer, fsdp2_of_accelerate, fsdp2, tensor_parallel, original_checkpoint, sequence, refusals, zero3)
+CHECKS = (
+    ddp,
+    trainer,
+    fsdp2_of_accelerate,
+    fsdp2,
+    tensor_parallel,
+    replicated,
+    original_checkpoint,
+    sequence,
+    refusals,
+    zero3,
+)
 
 
 def main(folder: Path) -> None:

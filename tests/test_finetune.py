@@ -141,6 +141,20 @@ def test_with_a_tokenizer_then_in_bf16_from_its_own_output(run, tmp_path, capsys
     assert second[-1] < second[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "share", "passes"), [((), 5e-4, True), ((), 5e-3, False), (("--bf16",), 5e-3, True)]
+)
+def test_what_was_saved_must_have_the_loss_of_what_was_trained(run, monkeypatch, options, share, passes):
+    loss = finetune.held_out_loss
+    monkeypatch.setattr(finetune, "held_out_loss", lambda *args: loss(*args) * (1 + share))
+    arguments = ("--train-file", ROOT / "LICENSE", *SHORT, *options)
+    if passes:
+        run(*arguments)
+        return
+    with pytest.raises(SystemExit, match="The saved model is not the trained one"):
+        run(*arguments)
+
+
 def test_commands_in_the_readme():
     """Those for GPUs and the Hub do not run here, but their options exist."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
@@ -165,6 +179,8 @@ def refused(capsys, *arguments):
         ("short", (), "Lower --block-size"),
         ("", (), "Lower --block-size"),
         ("x" * 5000, ("--tokenizer", "{folder}"), "No tokenizer in .* --tokenizer"),
+        ("x" * 5000, ("--model", "{folder}/nothing"), "nothing cannot be read as a Based model, choose --model: "),
+        ("x" * 5000, ("--model", "{folder}"), "cannot be read as a Based model, .*model.safetensors"),
         ("x" * 5000, ("--resume",), "No checkpoint to go on from in .*--save-steps"),
         ("x" * 5000, ("--train-file", "{folder}/nothing.txt"), "There is no file .*nothing.txt"),
         ("x" * 5000, ("--dataset", "{folder}/nothing"), "nothing cannot be read as a dataset"),

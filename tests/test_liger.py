@@ -100,6 +100,24 @@ def test_refuses_labels_of_another_shape(tiny_model, batch, liger, name, shape):
         model(batch["input_ids"], **labels)
 
 
+@pytest.mark.parametrize("liger", [True, False])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("label", [97, -1])
+def test_refuses_labels_outside_of_the_vocabulary(tiny_model, batch, liger, name, label):
+    """Liger would read whatever is there."""
+    model = with_liger(tiny_model()) if liger else tiny_model().train()
+    labels = batch["labels"].clone()
+    labels[1, 5] = label
+    with pytest.raises(ValueError, match=f"A label is {label}, .* vocabulary of 97"):
+        model(batch["input_ids"], **{name: labels})
+    # Unless it is the one that asks for nothing.
+    expected = model(batch["input_ids"], **{name: labels.masked_fill(labels == label, -100)}).loss
+    renamed = labels.masked_fill(labels == -100, label)
+    torch.testing.assert_close(model(batch["input_ids"], **{name: renamed}, ignore_index=label).loss, expected)
+    labels[1, 5], labels[1, 0] = 96, label if name == "labels" else 0
+    assert model(batch["input_ids"], **{name: labels}).loss.isfinite()
+
+
 def test_labels_shifted_by_the_caller(tiny_model, batch):
     model = with_liger(tiny_model())
     expected = model(**batch).loss

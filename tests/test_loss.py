@@ -3,10 +3,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from transformers_based import loss_based
-from transformers_based.loss_based import causal_lm_loss
+from transformers_based.loss_based import causal_lm_loss, check_vocabulary
 
 
 VOCAB = 41
@@ -63,8 +64,31 @@ def test_labels_shifted_by_the_caller_and_labels_that_ask_nothing():
     loss, gradient = loss_and_gradient(causal_lm_loss, logits, nothing, num_items_in_batch=4)
     assert loss == 0
     assert not gradient.any()
-    with pytest.raises((RuntimeError, IndexError)):
-        causal_lm_loss(logits, torch.full_like(labels, VOCAB), VOCAB)
+
+
+@pytest.mark.parametrize("label", [VOCAB, VOCAB + 9, -1, -99])
+def test_labels_outside_of_the_vocabulary(label):
+    logits, labels = make(torch.float32)
+    labels[2, 4] = label
+    message = rf"A label is {label}, .* vocabulary of {VOCAB} nor -100"
+    with pytest.raises(ValueError, match=message):
+        causal_lm_loss(logits, labels, VOCAB)
+    with pytest.raises(ValueError, match=message):
+        causal_lm_loss(logits, None, VOCAB, shift_labels=labels)
+    # The first and the last token of the vocabulary; nothing asks for what comes first in a row.
+    labels[2, 4], labels[2, 5], labels[2, 0] = 0, VOCAB - 1, label
+    assert causal_lm_loss(logits, labels, VOCAB).isfinite()
+    # What a GPU holds is not waited for, nor what has no values.
+    meta = torch.device("meta")
+    check_vocabulary(torch.full((2, 3), label, device=meta), VOCAB)
+    with FakeTensorMode():
+        check_vocabulary(torch.full((2, 3), label), VOCAB)
+
+
+def test_another_loss_may_take_other_labels(tiny_model):
+    model, ids = tiny_model(), torch.arange(12).view(2, 6)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: labels.float().mean()
+    assert model(ids, labels=ids.masked_fill(ids >= 0, -1)).loss == -1
 
 
 def test_gradients_of_gradients():

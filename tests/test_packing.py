@@ -223,3 +223,60 @@ def test_bounds_that_do_not_fit(model, case, checkpointing):
         model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=message):
         model(torch.arange(20, device=DEVICE)[None], **arguments)
+
+
+COUNTED_ON = torch.arange(20)[None]
+RESTARTED = torch.cat([torch.arange(7), torch.arange(13)])[None]
+OF_TWO = torch.tensor([0] * 7 + [1] * 13)[None]
+CONTRADICTIONS = {
+    "bounds and positions": {"cu_seq_lens_q": [0, 8, 20], "position_ids": RESTARTED},
+    "bounds within what goes on": {"cu_seq_lens_q": [0, 7, 12, 20], "position_ids": RESTARTED},
+    "one document that restarts": {"cu_seq_lens_q": [0, 20], "position_ids": RESTARTED},
+    "a first document of one token": {"cu_seq_lens_q": [0, 2, 20], "position_ids": COUNTED_ON.sub(1).clamp_min(0)},
+    "bounds and indices": {"cu_seq_lens_q": [0, 8, 20], "seq_idx": OF_TWO},
+    "bounds and one index": {"cu_seq_lens_q": [0, 8, 20], "seq_idx": torch.zeros_like(OF_TWO)},
+    "indices and positions": {"seq_idx": OF_TWO.roll(1, 1), "position_ids": RESTARTED},
+    "one index and positions": {"seq_idx": torch.zeros_like(OF_TWO), "position_ids": RESTARTED},
+    "all three": {"cu_seq_lens_q": [0, 7, 20], "seq_idx": OF_TWO, "position_ids": RESTARTED.roll(1, 1)},
+}
+AGREEMENTS = {
+    "all three": {"cu_seq_lens_q": [0, 7, 20], "seq_idx": OF_TWO + 3, "position_ids": RESTARTED},
+    "positions that count on": {"cu_seq_lens_q": [0, 7, 20], "position_ids": COUNTED_ON},
+    "positions from elsewhere": {"seq_idx": OF_TWO, "position_ids": RESTARTED + 5},
+    "positions left out within a document": {"seq_idx": OF_TWO, "position_ids": RESTARTED + 4 * (RESTARTED > 5)},
+    "padding as a document": {"seq_idx": OF_TWO, "position_ids": RESTARTED.masked_fill(OF_TWO == 1, 0)},
+}
+
+
+def documents(case):
+    return {name: torch.as_tensor(x, device=DEVICE).int() for name, x in case.items()}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_documents_told_twice_that_differ(model, case):
+    *_, first, second = CONTRADICTIONS[case]
+    if case == "all three":
+        first = "cu_seq_lens_q"
+    with pytest.raises(ValueError, match=f"`{first}` and `{second}` tell of different documents"):
+        model(COUNTED_ON.to(DEVICE), **documents(CONTRADICTIONS[case]))
+
+
+@pytest.mark.parametrize("case", AGREEMENTS)
+def test_documents_told_twice_alike(model, case):
+    ids, given = COUNTED_ON.to(DEVICE), documents(AGREEMENTS[case])
+    with torch.no_grad():
+        got = model(ids, **given).logits
+        positions = given["position_ids"]
+        alone = [
+            model(ids[:, part], position_ids=positions[:, part], seq_idx=torch.zeros_like(ids[:, part])).logits
+            for part in (slice(7), slice(7, 20))
+        ]
+    torch.testing.assert_close(got, torch.cat(alone, dim=1), atol=1e-5, rtol=0)
+
+
+def test_one_document_may_leave_positions_out(model):
+    """Whoever says that it is one document."""
+    ids = COUNTED_ON.to(DEVICE)
+    with torch.no_grad():
+        outputs = model.eval()(ids, position_ids=ids + 9 * (ids > 7), seq_idx=torch.zeros_like(ids), use_cache=True)
+    assert outputs.past_key_values.get_seq_length() == 20

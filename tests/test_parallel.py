@@ -3,14 +3,18 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate_on_cpu import switch_on_fsdp
 from parallel_worker import CHECKS, ROWS, batches, document, make_optimizer, train, train_by_trainer, weights
 from programs import ROOT, held_out_losses, load_program, run_python
 
-from transformers_based import BasedForCausalLM
+from transformers_based import BasedConfig, BasedForCausalLM
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -192,6 +196,79 @@ def test_heads_that_do_not_divide(tiny_config, overrides, name):
     tiny_config(**overrides, layer_types=["conv"]).check_parallel_plan(2, 1, "auto")
 
 
+LAYERS = "model.layers.*."
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def plan_for(module, projections, *styles):
+    return dict(zip((f"{LAYERS}{module}.{x}" for x in projections), styles * (4 // len(styles))))
+
+
+CUT = ("colwise", "colwise", "colwise", "rowwise")
+PLANS = {
+    "nothing": {},
+    "the automatic one": {f"model.{name}": style for name, style in BasedConfig.base_model_tp_plan.items()},
+    "head and embedding": {"lm_head": "colwise_gather_output", "model.embed_tokens": "embedding_rowwise"},
+    "whole vocabulary": {"lm_head": "replicate", "model.embed_tokens": "replicate"},
+    "an attention cut": plan_for("self_attn", ATTENTION, *CUT),
+    "an attention whole": plan_for("linear_attn", ATTENTION, "replicate"),
+    "one cut and one whole": plan_for("self_attn", ATTENTION, "replicate") | plan_for("linear_attn", ATTENTION, *CUT),
+    "MLP whole": plan_for("mlp", MLP, "replicate"),
+    "norms whole": {"model.norm": "replicate", LAYERS + "input_layernorm": "replicate"},
+    "half of a convolution": {LAYERS + "conv.out_proj": "rowwise_split_input", LAYERS + "conv.in_proj": "replicate"},
+    "head of a classifier": {"score": "colwise_gather_output"},
+}
+REFUSED_PLANS = {
+    "another style": ({LAYERS + "mlp.up_proj": "rowwise"}, r"'rowwise' .*mlp\.up_proj. Use 'colwise'"),
+    "mixed up channels": ({LAYERS + "conv.in_proj": "colwise"}, r"conv\.in_proj. Use 'colwise_gather_output'"),
+    "its weight": ({LAYERS + "conv.in_proj.weight": "packed_colwise"}, r"'packed_colwise' .*Leave it out"),
+    "taps": ({LAYERS + "conv.conv": "colwise_gather_output"}, r"conv\.conv. Leave it out"),
+    "head": ({"lm_head": "colwise"}, "lm_head. Use 'colwise_gather_output'"),
+    "embedding": ({"model.embed_tokens": "embedding_colwise"}, "embed_tokens. Use 'embedding_rowwise'"),
+    "norm": ({"model.norm": "sequence_parallel"}, r"'sequence_parallel' for model\.norm. Leave it out"),
+    "norm of a layer": ({LAYERS + "input_layernorm": "replicated_with_grad_allreduce"}, "input_layernorm. Leave it"),
+    "whole module": ({LAYERS + "mlp": "all_reduce"}, "'all_reduce' .*Leave it out"),
+    "half cut": (plan_for("mlp", MLP[:2], "colwise"), "must cut, or replicate, all of gate_proj, up_proj, down_proj"),
+    "half whole": (plan_for("mlp", MLP[:2], "replicate"), "must cut, or replicate, all of gate_proj"),
+    "some of each": (plan_for("self_attn", ATTENTION, "replicate", *CUT[1:]), r"all of q_proj, .*self_attn"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans_of_ones_own(tiny_config, case):
+    tiny_config().check_parallel_plan(2, 1, PLANS[case])
+
+
+@pytest.mark.parametrize("case", REFUSED_PLANS)
+def test_plans_that_are_refused(tiny_config, case):
+    plan, message = REFUSED_PLANS[case]
+    with pytest.raises(ValueError, match=f"`tp_plan`.*{message}"):
+        tiny_config().check_parallel_plan(2, 1, plan)
+    # Nothing is cut up for one rank.
+    tiny_config().check_parallel_plan(1, 1, plan)
+
+
+def test_heads_of_a_replicated_attention_need_not_divide(tiny_config):
+    config = tiny_config(linear_num_heads=3, linear_head_dim=8)
+    config.check_parallel_plan(2, 1, PLANS["an attention whole"])
+    for case in ("nothing", "an attention cut", "one cut and one whole"):
+        with pytest.raises(ValueError, match="`linear_num_heads` is 3"):
+            config.check_parallel_plan(2, 1, PLANS[case])
+
+
+def test_replicated_attentions_compute_the_same(results):
+    for found in of(results, "replicated"):
+        if "not_here" in found:
+            pytest.skip(found["not_here"])
+        torch.testing.assert_close(found["logits"], found["expected_logits"], rtol=1e-9, atol=1e-9)
+        assert found["gradients"].keys() == found["expected_gradients"].keys()
+        for name, wanted in found["expected_gradients"].items():
+            assert (found["gradients"][name] - wanted).norm() <= 1e-9 * wanted.norm(), name
+        assert torch.equal(found["generated"], found["expected_generated"])
+        assert {name.split(".")[-3] for name in found["sharded"] if "attn" in name} == {"linear_attn"}
+
+
 def test_context_parallelism_of_accelerate_is_refused(tiny_model):
     """It cuts the text as `examples/sequence_parallel.py` does, but tells only plain attention of the other parts."""
     from accelerate.big_modeling import (
@@ -244,6 +321,29 @@ def test_accelerate_launches_the_finetuning(tmp_path, config):
     text = torch.tensor([list((ROOT / "LICENSE").read_bytes()[:512])])
     with torch.no_grad():
         assert model(text, labels=text).loss < 0.6 * before
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fsdp_on_cpu_takes_the_precision(monkeypatch, precision):
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    switch_on_fsdp(SimpleNamespace(mixed_precision=precision), plugin)
+    assert (
+        getattr(plugin.mixed_precision_policy, "param_dtype", None) == {"no": None, "bf16": torch.bfloat16}[precision]
+    )
+
+
+def test_accelerate_launches_adapters_in_bf16(tmp_path):
+    process = run_python(
+        *("-m", "accelerate.commands.launch", "--config_file", "examples/accelerate/fsdp2.yaml"),
+        *("tests/accelerate_on_cpu.py", "examples/finetune.py", "--train-file", ROOT / "LICENSE", "--bf16"),
+        *("--model", ROOT / "tests" / "reference" / "based-tiny", "--output-dir", tmp_path / "model"),
+        *("--max-steps", "10", "--block-size", "64", "--batch-size", "4", "--learning-rate", "1e-2", "--lora", "4"),
+        ACCELERATE_USE_CPU="true",
+    )
+    before, after, again = held_out_losses(process.stdout)
+    assert again == pytest.approx(after, rel=1e-2)
+    assert after < before - 1
 
 
 def test_sequence_parallel_example_verifies_itself(results, folder):

@@ -196,23 +196,60 @@ class BasedConfig(PreTrainedConfig):
             )
         if tp_size == 1:
             return
+        replicated = self._check_styles(tp_plan) if isinstance(tp_plan, dict) else set()
         heads = {
-            "linear_attention": ("linear_num_heads",),
-            "sliding_attention": ("num_attention_heads", "num_key_value_heads"),
+            ("linear_attention", "linear_attn"): ("linear_num_heads",),
+            ("sliding_attention", "self_attn"): ("num_attention_heads", "num_key_value_heads"),
         }
-        for name in (name for layer_type in heads.keys() & set(self.layer_types) for name in heads[layer_type]):
-            if getattr(self, name) % tp_size:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, which `tp_size` {tp_size} does not divide: ranks share whole "
-                    "heads."
-                )
-        for name, style in tp_plan.items() if isinstance(tp_plan, dict) else ():
+        for (layer_type, module), names in heads.items():
+            for name in names if layer_type in self.layer_types and module not in replicated else ():
+                if getattr(self, name) % tp_size:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)}, which `tp_size` {tp_size} does not divide: ranks share "
+                        "whole heads."
+                    )
+
+    def _check_styles(self, tp_plan: dict[str, str]) -> set[str]:
+        """
+        Raises `ValueError` for styles that would fail later, or be silently wrong, as "sequence_parallel" is for the
+        gradients of a norm. Returns the attentions and MLPs that the plan replicates.
+        """
+        automatic: dict[str, dict[str, str]] = {}
+        for name, style in self.base_model_tp_plan.items():
+            # transformers 5.17 adds the embedding to it.
+            if name != "embed_tokens":
+                module, projection = name.split(".")[-2:]
+                automatic.setdefault(module, {})[projection] = style
+        plans: dict[str, dict[str, str]] = {}
+        for name, style in tp_plan.items():
+            owner, _, layer = name.rpartition(".")
+            module = owner.rpartition(".")[2]
+            styles = []
+            if layer in automatic.get(module, {}):
+                styles = [automatic[module][layer]]
+                plans.setdefault(owner, {})[layer] = style
+            elif layer == "embed_tokens":
+                styles = ["embedding_rowwise"]
+            elif layer in ("lm_head", "score", "qa_outputs"):
+                styles = ["colwise_gather_output"]
             # What gathers, or cuts, for itself leaves the convolution whole; anything else would mix up u and g.
-            if ".conv." in f".{name}." and style not in ("colwise_gather_output", "rowwise_split_input", "replicate"):
+            also = ["rowwise_split_input"] if module == "conv" and styles else []
+            if style not in (*styles, *also, "replicate"):
+                use = f"Use {styles[0]!r}, or leave it out." if styles else "Leave it out: ranks do not share it."
+                raise ValueError(f"`tp_plan` has {style!r} for {name}. {use}")
+        replicated = set()
+        for owner, plan in plans.items():
+            module = owner.rpartition(".")[2]
+            whole = {projection for projection, style in plan.items() if style == "replicate"}
+            # transformers 5.17 replicates what a plan leaves out, 5.23 takes the automatic style: neither would fit.
+            if module != "conv" and (plan.keys() != automatic[module].keys() or whole not in (set(), plan.keys())):
                 raise ValueError(
-                    f"`tp_plan` has {style!r} for {name}: the short convolution needs all its channels on every rank. "
-                    'Use "colwise_gather_output", or leave it out.'
+                    f"`tp_plan` must cut, or replicate, all of {', '.join(automatic[module])} of {owner}, or name none "
+                    f"of them; got {plan}."
                 )
+            if whole == plan.keys():
+                replicated.add(module)
+        return replicated
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

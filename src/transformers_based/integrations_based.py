@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import can_return_tuple
 
-from .loss_based import check_labels
+from .loss_based import check_labels, check_vocabulary
 
 
 # The depthwise taps of the convolution are left out: three weights a channel have no low rank.
@@ -100,6 +100,9 @@ def _forward_with_fused_loss(
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     hidden_states = outputs.last_hidden_state[:, kept].contiguous()
     check_labels(hidden_states.shape[:2], labels=labels, shift_labels=shift_labels)
+    # Liger reads whatever lies beyond the logits.
+    asked = labels[:, 1:] if shift_labels is None else shift_labels
+    check_vocabulary(asked, self.config.vocab_size, kwargs.get("ignore_index", -100))
     result = liger.lce_maybe_trainable_lm_head(
         self,
         hidden_states=hidden_states,

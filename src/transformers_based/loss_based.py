@@ -37,6 +37,7 @@ def causal_lm_loss(
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    check_vocabulary(shift_labels, vocab_size, ignore_index)
     wanted = shift_labels.reshape(-1).to(logits.device)
     is_asked = wanted != ignore_index
     losses = _TokenLosses.apply(logits.view(-1, vocab_size), wanted.masked_fill(~is_asked, 0))
@@ -87,6 +88,24 @@ def check_labels(kept: tuple[int, ...], **labels: torch.Tensor | None) -> None:
             raise ValueError(
                 f"`{name}` must be [batch, tokens] = {tuple(kept)}, one for each of the logits; got {tuple(x.shape)}."
             )
+
+
+def check_vocabulary(labels: torch.Tensor, vocab_size: int, ignore_index: int = -100) -> None:
+    """
+    Looks at labels on a CPU only: a GPU would be waited for.
+
+    Raises:
+        ValueError: labels that are neither tokens of the vocabulary nor `ignore_index`.
+    """
+    # What is no plain tensor, as those of a `FakeTensorMode`, may have no values.
+    if labels.device.type != "cpu" or type(labels) is not torch.Tensor:
+        return
+    outside = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))]
+    if len(outside):
+        raise ValueError(
+            f"A label is {int(outside[0])}, which is neither in the vocabulary of {vocab_size} nor {ignore_index}, the "
+            "one that asks for nothing."
+        )
 
 
 def _pieces(logits: torch.Tensor) -> list[slice]:

@@ -779,15 +779,20 @@ def _packed_documents(
     """
     The documents that share rows, from `cu_seq_lens`, else `seq_idx`, else positions that do not go on from the last
     token that exists; `None` if each row is one document.
+
+    Raises:
+        ValueError: two of them tell of different documents, where no mask says which tokens exist.
     """
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
+    found = {}
     if cu_seq_lens is not None:
-        seq_idx = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
+        ids = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
+        found["cu_seq_lens_q"] = ids[:, 1:] != ids[:, :-1]
     if seq_idx is not None:
-        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
-    elif position_ids is not None and length > 1:
+        found["seq_idx"] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    if position_ids is not None and length > 1 and (attention_mask is None or not found):
         before = position_ids[:, :-1]
         if attention_mask is not None:
             # The last token that exists before each; where there is none, no document has begun.
@@ -797,14 +802,29 @@ def _packed_documents(
         starts = position_ids[:, 1:] - before != 1
         if attention_mask is not None:
             starts = starts & exists[:, 1:] & (last >= 0)
-    else:
+        found["position_ids"] = starts
+    if not found:
         return None
+    (name, starts), *others = found.items()
+    if attention_mask is None:
+        for other, its_starts in others:
+            if not _agree(starts, its_starts, position_ids if other == "position_ids" else None):
+                raise ValueError(f"`{name}` and `{other}` tell of different documents: leave one of them out.")
     if not starts.any():
         return None
     starts = nn.functional.pad(starts.expand(batch, -1), (1, 0), value=True)
     bounds = starts.flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(bounds, (0, 1), value=batch * length).to(torch.int32)
     return PackedDocuments(ids=starts.int().cumsum(dim=1), cu_seqlens=cu_seqlens)
+
+
+def _agree(starts: torch.Tensor, other: torch.Tensor, position_ids: torch.Tensor | None) -> bool:
+    """Whether documents start where `other`, that of `position_ids` if these are given, has them start."""
+    if position_ids is None:
+        return not (starts != other).any()
+    # Positions may as well count on through all documents, stand still on padding, or leave some out.
+    step = position_ids.diff(dim=1)
+    return not ((step < 0) & ~starts | starts & ~other & (step <= 0).any()).any()
 
 
 class BasedDecoderLayer(GradientCheckpointingLayer):
