@@ -342,7 +342,7 @@ def test_accelerate_launches_adapters_in_bf16(tmp_path):
         ACCELERATE_USE_CPU="true",
     )
     before, after, again = held_out_losses(process.stdout)
-    assert again == pytest.approx(after, rel=1e-2)
+    assert again == pytest.approx(after, rel=1e-3)
     assert after < before - 1
 
 
