@@ -73,8 +73,8 @@ def mean_loss(model, rows, smoothing=0.0):
 def descent(tiny_model):
     """The losses of three steps and the model after them, in fp64."""
 
-    def run(smoothing=0.0):
-        model, found = tiny_model().double(), []
+    def run(smoothing=0.0, seed=0):
+        model, found = tiny_model(seed=seed).double(), []
         for _ in range(3):
             loss = mean_loss(model, ROWS, smoothing)
             found.append(loss.item())
@@ -168,25 +168,37 @@ def test_bf16(tiny_model, make_trainer, descent, collator):
     ids=["fp16", "bf16", "compiled", "checkpointed"],
 )
 def test_gpu_mixed_precision(tiny_model, make_trainer, descent, use_backend, collator, options):
-    """As near to fp64 as plain PyTorch in the same precision, not compiled."""
+    """
+    As near to fp64 as plain PyTorch in the same precision, not compiled; over some models, since the last loss of one
+    alone is 0.03 to 1.5 % off in bf16, whoever computes it.
+    """
+    seeds = range(6)
+    exact = [descent(seed=seed) for seed in seeds]
 
     def errors(backend, **arguments):
+        """Of each loss and each weight, root mean squares over the models."""
         torch._dynamo.reset()
         use_backend(backend)
-        trainer = make_trainer(tiny_model(), collator=collator, use_cpu=False, **arguments)
-        if scaler := trainer.accelerator.scaler:
-            # From 2^16 on it would skip steps until nothing overflows.
-            scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
-        trainer.train()
-        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-        return errors_at_the_end(trainer, descent(), tiny_model())
+        of_models = []
+        for seed in seeds:
+            trainer = make_trainer(
+                tiny_model(seed=seed), collator=collator, folder=f"{backend}{seed}", use_cpu=False, **arguments
+            )
+            if scaler := trainer.accelerator.scaler:
+                # From 2^16 on it would skip steps until nothing overflows.
+                scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
+            trainer.train()
+            assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+            of_losses, of_weights = errors_at_the_end(trainer, exact[seed], tiny_model(seed=seed))
+            of_models.append([*of_losses, *of_weights.values()])
+        return torch.tensor(of_models).square().mean(0).sqrt().split([3, len(of_weights)])
 
     plain_losses, plain = errors("torch", **{**options, "torch_compile": False})
     of_losses, of_weights = errors("triton", **options)
-    assert max(of_losses) <= 1.25 * max(plain_losses) + 1e-3
-    for name, allowed in plain.items():
-        assert of_weights[name] <= 1.25 * allowed + 1e-2, name
-        assert allowed < 0.3
+    assert (of_losses <= 1.25 * plain_losses.max() + 1e-3).all()
+    assert of_weights.mean() <= 1.25 * plain.mean()
+    assert (of_weights <= 1.5 * plain + 1e-2).all()
+    assert plain.max() < 0.4
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
