@@ -277,37 +277,215 @@ def taylor_attention_sum_kernel(
                 store_moment(p_row, b_m, b_n, count, i_v == 0, scale, sqrt_scale, D, P, F_PAD, BLOCK_C, False)
 
 
+@triton.constexpr_function
+def first_tile(group, groups, tiles):
+    """Of the features that a group of programs has, of as many groups."""
+    return (group * tiles + groups - 1) // groups
+
+
 @triton.jit
 def _grow_slope(
     b_s,
-    b_m,
-    b_n,
-    count,
     b_b,
-    b_y,
     b_yt,
     b_y32,
-    b_e,
     b_rollt,
     o_d,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     ROLL_BY_GATHER: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tiles FIRST to END of a state [P, BLOCK_V] take in a chunk."""
+    b_next = ()
+    for r in tl.static_range(FIRST, END):
+        # [P, BLOCK_C]
+        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+        b_next = b_next + (tl.dot(b_f.to(DTYPE), b_b, b_s[r - FIRST], input_precision=PRECISION),)
+    return b_next
+
+
+@triton.jit
+def _grow_slope_moment(
+    b_m,
+    b_n,
+    count,
+    b_y,
+    b_y32,
+    b_e,
+    D: tl.constexpr,
+    P: tl.constexpr,
     REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A state [P, BLOCK_V] and its moments take in a chunk."""
-    b_next = ()
-    for r in tl.static_range(num_tiles(D, P)):
-        # [P, BLOCK_C]
-        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
-        b_next = b_next + (tl.dot(b_f.to(DTYPE), b_b, b_s[r], input_precision=PRECISION),)
     if REVERSE:
         b_y = (b_y.to(tl.float32) * b_e[:, None]).to(DTYPE)
         count += tl.sum(b_e, axis=0)
     b_m, b_n = grow_moment(b_m, b_n, b_y32.to(DTYPE), b_y, D, P, PRECISION)
-    return b_next, b_m, b_n, count
+    return b_m, b_n, count
+
+
+@triton.jit
+def _slope_of_tiles(
+    p_x,
+    p_y,
+    p_a,
+    p_b,
+    p_e,
+    p_mask,
+    p_state,
+    m_state,
+    p_dx,
+    p_last,
+    m_last,
+    p_table,
+    scale,
+    sqrt_scale,
+    H,
+    start,
+    end,
+    i_v,
+    stride_xt,
+    stride_yt,
+    stride_at,
+    stride_bt,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    F_PAD: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROLL_BY_GATHER: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment for one block of V and one group of tiles; the last group has the tokens of a chunk and the normaliser.
+    Pointers are those of the row and head."""
+    FIRST: tl.constexpr = first_tile(GROUP, GROUPS, num_tiles(D, P))
+    END: tl.constexpr = first_tile(GROUP + 1, GROUPS, num_tiles(D, P))
+    IS_LAST: tl.constexpr = GROUP == GROUPS - 1
+    o_c = tl.arange(0, BLOCK_C)
+    o_d = tl.arange(0, P)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < V
+    r_rowx = o_c * stride_xt * 8
+    r_rowy = o_c * stride_yt * 8
+    r_x = r_rowx[:, None] + o_d[None, :]
+    r_y = r_rowy[:, None] + o_d[None, :]
+    r_yt = r_rowy[None, :] + o_d[:, None]
+    r_a = o_c[:, None] * stride_at * 8 + o_v[None, :]
+    r_b = o_c[:, None] * stride_bt * 8 + o_v[None, :]
+    r_bt = o_c[None, :] * stride_bt * 8 + o_v[:, None]
+    r_dx = o_c[:, None] * (H * D) + o_d[None, :]
+    e_end = tl.where(i_v == 0, BLOCK_C, 0)
+
+    v_state = tl.where(m_state, V, 0)
+    b_s = ()
+    for r in tl.static_range(FIRST, END):
+        # [P, BLOCK_V]
+        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, True),)
+    if IS_LAST:
+        # [P, P], [BLOCK_C, P] and a number
+        p_row = p_state + V * F_PAD
+        b_m, b_n, count = load_moment(p_row, m_state & (i_v == 0), scale, sqrt_scale, D, P, BLOCK_C, REVERSE)
+    b_roll = load_rolls(p_table, P, False)
+    b_rollt = load_rolls(p_table, P, True)
+
+    chunks = tl.cdiv(end - start, BLOCK_C)
+    for i in range(chunks):
+        i_c = i
+        if REVERSE:
+            i_c = chunks - 1 - i
+        i_t = (start + i_c * BLOCK_C).to(tl.int64)
+        left = (end - i_t).to(tl.int32)
+        m_t = exists(o_c, left, p_mask + i_t, HAS_MASK)
+        # [BLOCK_C, P] x 2, [P, BLOCK_C], [BLOCK_C, BLOCK_V] x 2, [BLOCK_V, BLOCK_C], [BLOCK_C]
+        p_xc = p_x + i_t * stride_xt * 8
+        p_yc = p_y + i_t * stride_yt * 8
+        b_x = load_x(p_xc, r_x, m_t, o_d, D, P, DTYPE)
+        b_yt = load_xt(p_yc, r_yt, m_t, o_d, D, P, DTYPE)
+        b_y32 = columns(b_yt, b_rollt, ROLL_BY_GATHER, PRECISION)
+        b_a = tl.load(p_a + i_t * stride_at * 8 + r_a, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
+        b_b = tl.load(p_b + i_t * stride_bt * 8 + r_b, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
+        if IS_LAST:
+            b_y = load_x(p_yc, r_y, m_t, o_d, D, P, DTYPE)
+            b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
+            b_e = tl.load(p_e + i_t * H + o_c * H, mask=m_t & (o_c < e_end), other=0.0)
+        b_x32 = b_x.to(tl.float32)
+
+        # tokens before this chunk, through the state: dx_a += dphi_r x_(a + r), dx_(a + r) += dphi_r x_a
+        b_dx = tl.zeros([BLOCK_C, P], dtype=tl.float32)
+        b_back = tl.zeros([BLOCK_C, P], dtype=tl.float32)
+        for r in tl.static_range(FIRST, END):
+            if r <= P // 2:
+                # [BLOCK_C, P]
+                b_dphi = tl.dot(b_a, tl.trans(b_s[r - FIRST]).to(DTYPE), input_precision=PRECISION)
+                if D < P:
+                    b_dphi *= coef_columns(r, scale, D, P)[None, :]
+                if r == P // 2:
+                    b_dphi = tl.where((o_d < P // 2)[None, :], b_dphi, 0.0)
+                if r == 0:
+                    b_dx += 2.0 * (b_dphi * b_x32)
+                else:
+                    if ROLL_BY_GATHER:
+                        b_dx += b_dphi * rolled(b_x, r, P, 1)
+                        b_back += rolled(b_dphi * b_x32, P - r, P, 1)
+                    else:
+                        b_dx += b_dphi * tl.dot(b_x, b_roll[r], input_precision=PRECISION)
+                        b_back = tl.dot((b_dphi * b_x32).to(DTYPE), b_rollt[r], b_back, input_precision=PRECISION)
+        b_dx += b_back
+        if D == P:
+            b_dx *= scale
+            if IS_LAST:
+                b_dx = tl.dot(b_a, tl.trans(b_s[P // 2 + 1 - FIRST]).to(DTYPE), b_dx, input_precision=PRECISION)
+            b_dx *= scale
+        if IS_LAST:
+            b_slope = normaliser_slope(b_x, b_m, b_n, scale, D, P, PRECISION)
+            if REVERSE:
+                b_dx += b_slope
+            else:
+                b_dx += b_e[:, None] * b_slope
+
+        if WIDE_LAST:
+            b_s = _grow_slope(b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST, END, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+            if IS_LAST:
+                b_m, b_n, count = _grow_slope_moment(b_m, b_n, count, b_y, b_y32, b_e, D, P, REVERSE, DTYPE, PRECISION)
+
+        if IS_LAST:
+            # tokens of this chunk
+            # [BLOCK_C, BLOCK_C]
+            b_dw = tl.dot(b_a, b_bt, input_precision=PRECISION)
+            if REVERSE:
+                b_dw += b_e[None, :]
+            else:
+                b_dw += b_e[:, None]
+            b_dw *= _one_plus_s(b_x, b_yt, scale, D, P, PRECISION) * scale
+            b_dw = tl.where(_visible(o_c, REVERSE), b_dw, 0.0)
+            b_dx = tl.dot(b_dw.to(DTYPE), b_y, b_dx, input_precision=PRECISION)
+        if HAS_MASK:
+            b_dx = tl.where(m_t[:, None], b_dx, 0.0)
+        m_dx = (o_c < left)[:, None] & (o_d < D)[None, :]
+        tl.store(p_dx + i_t * (H * D) + r_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
+
+        if not WIDE_LAST:
+            b_s = _grow_slope(b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST, END, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+            if IS_LAST:
+                b_m, b_n, count = _grow_slope_moment(b_m, b_n, count, b_y, b_y32, b_e, D, P, REVERSE, DTYPE, PRECISION)
+
+    if HAS_FINAL:
+        if IS_LAST:
+            p_row = p_last + V * F_PAD
+            store_moment(p_row, b_m, b_n, count, m_last & (i_v == 0), scale, sqrt_scale, D, P, F_PAD, BLOCK_C, True)
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -351,6 +529,7 @@ def taylor_attention_slope_kernel(
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROLL_BY_GATHER: tl.constexpr,
     WIDE_LAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -364,166 +543,74 @@ def taylor_attention_slope_kernel(
 ):
     """dx_i = sum_j (a_i . b_j + e_i) dw(x_i, y_j) / dx_i over j <= i; with REVERSE over j >= i and with e_j.
 
-    Each block of V gives a share p_dx[i_v] of [NV, B, T, H, D]; e is in the share of the first.
+    Each block of V and each group of features gives a share p_dx[i_v * GROUPS + i_g] of [NV * GROUPS, B, T, H, D]: what
+    the features of a group cost is paid once for all of a wide block. e is in one share.
     """
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     # torch.compile passes Python floats as float64
     scale = tl.cast(scale, tl.float32)
     sqrt_scale = tl.cast(sqrt_scale, tl.float32)
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV) % H
-    i_s = tl.program_id(0) // NV // H
+    i_g = tl.program_id(0) % GROUPS
+    i_v = tl.program_id(0) // GROUPS % NV
+    i_h = (tl.program_id(0) // (GROUPS * NV)) % H
+    i_s = tl.program_id(0) // (GROUPS * NV) // H
     if TABLE:
         if tl.load(p_cut + 3 * N + i_s) >= N:
             return
     i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_cut, T, N, SEGMENT, PER_DOC, PACKED, TABLE)
 
-    o_c = tl.arange(0, BLOCK_C)
-    o_d = tl.arange(0, P)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < V
     p_x += (i_b.to(tl.int64) * stride_xb + i_h.to(tl.int64) * stride_xh) * 8
     p_y += (i_b.to(tl.int64) * stride_yb + i_h.to(tl.int64) * stride_yh) * 8
     p_a += (i_b.to(tl.int64) * stride_ab + i_h.to(tl.int64) * stride_ah) * 8
     p_b += (i_b.to(tl.int64) * stride_bb + i_h.to(tl.int64) * stride_bh) * 8
-    r_rowx = o_c * stride_xt * 8
-    r_rowy = o_c * stride_yt * 8
-    r_x = r_rowx[:, None] + o_d[None, :]
-    r_y = r_rowy[:, None] + o_d[None, :]
-    r_yt = r_rowy[None, :] + o_d[:, None]
-    r_a = o_c[:, None] * stride_at * 8 + o_v[None, :]
-    r_b = o_c[:, None] * stride_bt * 8 + o_v[None, :]
-    r_bt = o_c[None, :] * stride_bt * 8 + o_v[:, None]
-    r_dx = o_c[:, None] * (H * D) + o_d[None, :]
     p_mask += i_b.to(tl.int64) * T
     p_e += i_b.to(tl.int64) * T * H + i_h
-    p_dx += (i_v.to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
-    e_end = tl.where(i_v == 0, BLOCK_C, 0)
-
+    p_dx += ((i_v * GROUPS + i_g).to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
     p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
-    v_state = tl.where(m_state, V, 0)
-    b_s = ()
-    for r in tl.static_range(num_tiles(D, P)):
-        # [P, BLOCK_V]
-        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, True),)
-    # [P, P], [BLOCK_C, P] and a number
-    p_row = p_state + V * F_PAD
-    b_m, b_n, count = load_moment(p_row, m_state & (i_v == 0), scale, sqrt_scale, D, P, BLOCK_C, REVERSE)
-    b_roll = load_rolls(p_table, P, False)
-    b_rollt = load_rolls(p_table, P, True)
-
-    chunks = tl.cdiv(end - start, BLOCK_C)
-    for i in range(chunks):
-        i_c = i
-        if REVERSE:
-            i_c = chunks - 1 - i
-        i_t = (start + i_c * BLOCK_C).to(tl.int64)
-        left = (end - i_t).to(tl.int32)
-        m_t = exists(o_c, left, p_mask + i_t, HAS_MASK)
-        # [BLOCK_C, P] x 2, [P, BLOCK_C], [BLOCK_C, BLOCK_V] x 2, [BLOCK_V, BLOCK_C], [BLOCK_C]
-        p_xc = p_x + i_t * stride_xt * 8
-        p_yc = p_y + i_t * stride_yt * 8
-        b_x = load_x(p_xc, r_x, m_t, o_d, D, P, DTYPE)
-        b_y = load_x(p_yc, r_y, m_t, o_d, D, P, DTYPE)
-        b_yt = load_xt(p_yc, r_yt, m_t, o_d, D, P, DTYPE)
-        b_y32 = columns(b_yt, b_rollt, ROLL_BY_GATHER, PRECISION)
-        b_a = tl.load(p_a + i_t * stride_at * 8 + r_a, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
-        b_b = tl.load(p_b + i_t * stride_bt * 8 + r_b, mask=m_t[:, None] & m_v[None, :], other=0.0).to(DTYPE)
-        b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
-        b_e = tl.load(p_e + i_t * H + o_c * H, mask=m_t & (o_c < e_end), other=0.0)
-        b_x32 = b_x.to(tl.float32)
-
-        # tokens before this chunk, through the state: dx_a += dphi_r x_(a + r), dx_(a + r) += dphi_r x_a
-        b_dx = tl.zeros([BLOCK_C, P], dtype=tl.float32)
-        b_back = tl.zeros([BLOCK_C, P], dtype=tl.float32)
-        for r in tl.static_range(P // 2 + 1):
-            # [BLOCK_C, P]
-            b_dphi = tl.dot(b_a, tl.trans(b_s[r]).to(DTYPE), input_precision=PRECISION)
-            if D < P:
-                b_dphi *= coef_columns(r, scale, D, P)[None, :]
-            if r == P // 2:
-                b_dphi = tl.where((o_d < P // 2)[None, :], b_dphi, 0.0)
-            if r == 0:
-                b_dx += 2.0 * (b_dphi * b_x32)
-            else:
-                if ROLL_BY_GATHER:
-                    b_dx += b_dphi * rolled(b_x, r, P, 1)
-                    b_back += rolled(b_dphi * b_x32, P - r, P, 1)
-                else:
-                    b_dx += b_dphi * tl.dot(b_x, b_roll[r], input_precision=PRECISION)
-                    b_back = tl.dot((b_dphi * b_x32).to(DTYPE), b_rollt[r], b_back, input_precision=PRECISION)
-        b_dx += b_back
-        if D == P:
-            b_dx *= scale
-            b_dx = tl.dot(b_a, tl.trans(b_s[P // 2 + 1]).to(DTYPE), b_dx, input_precision=PRECISION)
-            b_dx *= scale
-        b_slope = normaliser_slope(b_x, b_m, b_n, scale, D, P, PRECISION)
-        if REVERSE:
-            b_dx += b_slope
-        else:
-            b_dx += b_e[:, None] * b_slope
-
-        if WIDE_LAST:
-            b_s, b_m, b_n, count = _grow_slope(
-                b_s,
-                b_m,
-                b_n,
-                count,
-                b_b,
-                b_y,
-                b_yt,
-                b_y32,
-                b_e,
-                b_rollt,
-                o_d,
+    p_last = p_final + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
+    # of a cut document, the scan writes it
+    m_last = slot < 0
+    for g in tl.static_range(GROUPS):
+        if i_g == g:
+            _slope_of_tiles(
+                p_x,
+                p_y,
+                p_a,
+                p_b,
+                p_e,
+                p_mask,
+                p_state,
+                m_state,
+                p_dx,
+                p_last,
+                m_last,
+                p_table,
+                scale,
+                sqrt_scale,
+                H,
+                start,
+                end,
+                i_v,
+                stride_xt,
+                stride_yt,
+                stride_at,
+                stride_bt,
+                g,
+                GROUPS,
                 D,
+                V,
+                F_PAD,
                 P,
+                BLOCK_C,
+                BLOCK_V,
                 ROLL_BY_GATHER,
+                WIDE_LAST,
+                HAS_MASK,
+                HAS_FINAL,
                 REVERSE,
                 DTYPE,
                 PRECISION,
             )
-
-        # tokens of this chunk
-        # [BLOCK_C, BLOCK_C]
-        b_dw = tl.dot(b_a, b_bt, input_precision=PRECISION)
-        if REVERSE:
-            b_dw += b_e[None, :]
-        else:
-            b_dw += b_e[:, None]
-        b_dw *= _one_plus_s(b_x, b_yt, scale, D, P, PRECISION) * scale
-        b_dw = tl.where(_visible(o_c, REVERSE), b_dw, 0.0)
-        b_dx = tl.dot(b_dw.to(DTYPE), b_y, b_dx, input_precision=PRECISION)
-        if HAS_MASK:
-            b_dx = tl.where(m_t[:, None], b_dx, 0.0)
-        m_dx = (o_c < left)[:, None] & (o_d < D)[None, :]
-        tl.store(p_dx + i_t * (H * D) + r_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
-
-        if not WIDE_LAST:
-            b_s, b_m, b_n, count = _grow_slope(
-                b_s,
-                b_m,
-                b_n,
-                count,
-                b_b,
-                b_y,
-                b_yt,
-                b_y32,
-                b_e,
-                b_rollt,
-                o_d,
-                D,
-                P,
-                ROLL_BY_GATHER,
-                REVERSE,
-                DTYPE,
-                PRECISION,
-            )
-
-    if HAS_FINAL:
-        if slot < 0:
-            p_row = p_final + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD) + V * F_PAD
-            store_moment(p_row, b_m, b_n, count, i_v == 0, scale, sqrt_scale, D, P, F_PAD, BLOCK_C, True)
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -742,11 +829,11 @@ def taylor_attention_rows_kernel(
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
-def sum_shares_kernel(p_share, p_out, COUNT, NV: tl.constexpr, BLOCK: tl.constexpr):
-    """[NV, COUNT] fp32 -> [COUNT], in a fixed order."""
+def sum_shares_kernel(p_share, p_out, COUNT, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """[SHARES, COUNT] fp32 -> [COUNT], in a fixed order."""
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < COUNT
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for i_v in range(NV):
-        b_sum += tl.load(p_share + i_v * tl.cast(COUNT, tl.int64) + o_x, mask=m_x, other=0.0)
+    for i in range(SHARES):
+        b_sum += tl.load(p_share + i * tl.cast(COUNT, tl.int64) + o_x, mask=m_x, other=0.0)
     tl.store(p_out + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
