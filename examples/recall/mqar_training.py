@@ -3,6 +3,7 @@
 
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,11 +95,15 @@ def train(cell: Cell, task: Task, device: str) -> dict:
     config = make_config(cell.kind, cell.width, cell.size, cell.value_dim, task.vocab_size)
     causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model, on_gpu = AtQueries(causal_lm), device != "cpu"
-    # Mamba's scan goes token by token, and looks at the values on the way.
-    if on_gpu and cell.kind != "mamba":
+    scan = nullcontext()
+    if on_gpu:
         model = Recorded(model)
+        if cell.kind == "mamba":
+            from mamba_scan import in_transformers
+
+            scan = in_transformers()
     test_batch = max(1, min(32, task.test_rows))
-    with tempfile.TemporaryDirectory() as folder:
+    with scan, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -110,7 +115,7 @@ def train(cell: Cell, task: Task, device: str) -> dict:
                 weight_decay=0.1,
                 per_device_train_batch_size=1,
                 per_device_eval_batch_size=1,
-                # Mamba's plain scan mixes dtypes that autocast leaves apart.
+                # The states of Mamba are fp32 in any case.
                 bf16=on_gpu and cell.kind != "mamba",
                 tf32=True if on_gpu else None,
                 use_cpu=not on_gpu,
