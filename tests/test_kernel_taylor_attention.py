@@ -232,6 +232,16 @@ def test_split_without_states(monkeypatch, tokens):
     compare(*make(1, 130, 2, 8, 8, torch.bfloat16), with_state=False)
 
 
+@pytest.mark.parametrize(("D", "V"), [(8, 24), (16, 40), (16, 72), (8, 128)])
+@pytest.mark.parametrize("length", [10**6, 32])
+def test_values_and_features_are_shared_out(monkeypatch, D, V, length):
+    """For the gradients of query and key, several programs a head."""
+    segments_of(monkeypatch, length)
+    inputs = make(1, 49, 2, D, V, torch.bfloat16, initial=1)
+    assert chunk_module._slope_tiles(V, chunk_module._config(D, torch.bfloat16))[1] > 1
+    compare(*inputs, mask=torch.arange(49, device=DEVICE)[None] % 5 != 1)
+
+
 def test_two_halves_with_a_state_are_the_whole():
     q, k, v, _ = make(1, 50, 1, 16, 24, torch.float32)
     whole, last = taylor_attention(q, k, v, output_final_state=True)
