@@ -49,7 +49,7 @@ def test_scan(monkeypatch, size):
     poison_outputs(monkeypatch)
 
     def op(*arguments):
-        return scan.selective_scan(*arguments, delta_softplus=True, use_mambapy=False, return_last_state=False)
+        return scan.selective_scan(*arguments, delta_softplus=True, use_mambapy=False)
 
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -83,6 +83,7 @@ def test_transformers_mamba_takes_it(monkeypatch):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
-def test_keeps_no_last_state():
-    with pytest.raises(ValueError, match="without a cache"):
-        scan.selective_scan(*draw(1, 3, 8, 4), return_last_state=True)
+@pytest.mark.parametrize("options", [(False,), (True, True)])
+def test_is_for_training(options):
+    with pytest.raises(ValueError, match="for training"):
+        scan.selective_scan(*draw(1, 3, 8, 4), *options)
