@@ -247,10 +247,11 @@ def test_labels(tiny_model):
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 10), (1, 9), (9, 2), (18,), (2, 9, 1)], ids=str)
-def test_labels_of_another_shape(tiny_model, shape):
+@pytest.mark.parametrize("model_class", [BasedForCausalLM, BasedForTokenClassification])
+def test_labels_of_another_shape(tiny_model, model_class, shape):
     """Some have as many elements, and would be compared with the wrong logits."""
     with pytest.raises(ValueError, match=r"`labels` must be \[batch, tokens\] = \(2, 9\)"):
-        tiny_model()(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(shape, dtype=torch.long))
+        tiny_model(model_class)(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(shape, dtype=torch.long))
 
 
 def test_labels_for_the_logits_that_are_kept(tiny_model):

@@ -225,6 +225,11 @@ def test_bounds_that_do_not_fit(model, case, checkpointing):
         model(torch.arange(20, device=DEVICE)[None], **arguments)
 
 
+def test_bounds_that_are_a_list(model):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must be a tensor of integers; got list"):
+        model(torch.arange(20, device=DEVICE)[None], cu_seq_lens_q=[0, 7, 20])
+
+
 COUNTED_ON = torch.arange(20)[None]
 RESTARTED = torch.cat([torch.arange(7), torch.arange(13)])[None]
 OF_TWO = torch.tensor([0] * 7 + [1] * 13)[None]

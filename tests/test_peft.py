@@ -145,6 +145,25 @@ def test_save_and_load_in_every_way(tiny_model, ids, tmp_path):
     assert adapted(model) == every_projection(model.config)
 
 
+def test_adapters_of_a_base_in_the_original_layout(based_tiny_path, based_tiny, golden, tmp_path):
+    """transformers alone would look for the base's weights by other names, and begin with random ones."""
+    ids = golden["prompt_ids"]
+    model = peft.get_peft_model(based_tiny, lora(task_type="CAUSAL_LM")).eval()
+    model.peft_config["default"].base_model_name_or_path = str(based_tiny_path)
+    model.save_pretrained(tmp_path)
+    loaded, info = BasedForCausalLM.from_pretrained(tmp_path, adapter_name="learned", output_loading_info=True)
+    assert list(loaded.peft_config) == ["learned"]
+    assert not info["missing_keys"]
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+    half = BasedForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    loaded = BasedForCausalLM.from_pretrained(tmp_path, config=loaded.config)
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"adapter_config.json cannot be read"):
+        BasedForCausalLM.from_pretrained(tmp_path)
+
+
 def test_trained_head_beside_adapters(tiny_model, ids):
     options = {"task_type": "SEQ_CLS", "init_lora_weights": False}
     base = tiny_model(BasedForSequenceClassification, num_labels=3, pad_token_id=0)

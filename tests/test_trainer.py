@@ -13,7 +13,7 @@ from document_rows import document_rows, pad
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
-from transformers_based import BasedForCausalLM
+from transformers_based import BasedForCausalLM, BasedForTokenClassification
 
 
 LEARNING_RATE = 0.1
@@ -144,11 +144,27 @@ def test_training_equals_plain_gradient_descent(tiny_model, make_trainer, descen
     assert_ends_like(trainer, descent(), start=tiny_model())
 
 
-def test_label_smoothing(tiny_model, make_trainer, descent):
-    """Trainer shifts the labels itself, for the language models it knows."""
-    trainer = make_trainer(tiny_model(), label_smoothing_factor=0.2)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_label_smoothing(tiny_model, make_trainer, descent, sharded):
+    """Trainer shifts the labels itself, for the language models it knows by name."""
+    model = tiny_model()
+    if sharded:
+        # As FSDP2's `fully_shard` does.
+        model.__class__ = type("FSDPBasedForCausalLM", (type(model),), {})
+    trainer = make_trainer(model, label_smoothing_factor=0.2)
     trainer.train()
     assert_ends_like(trainer, descent(smoothing=0.2), start=tiny_model())
+
+
+def test_documents_of_a_dataset_reach_the_classes_of_tokens(tiny_model, make_trainer):
+    """Trainer drops the columns that a forward does not name."""
+    model = tiny_model(BasedForTokenClassification, num_labels=3)
+    ids = torch.arange(12) + 20
+    row = {"input_ids": ids, "labels": ids % 3, "seq_idx": torch.tensor([0] * 5 + [1] * 7)}
+    found = make_trainer(model, collator=None).predict([row]).predictions[0]
+    with torch.no_grad():
+        alone = [model(part[None]).logits[0] for part in (ids[:5], ids[5:])]
+    torch.testing.assert_close(torch.from_numpy(found), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("collator", [pad, flatten_with_all])

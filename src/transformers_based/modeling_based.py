@@ -7,6 +7,7 @@ Hidden states are [B, T, C] throughout; the mixers work on [B, T, H, D], the att
 [B, H, T, D]. Paper: arXiv 2402.18668; original code: github.com/HazyResearch/based, `based/models`.
 """
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +30,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
@@ -752,6 +753,9 @@ def _checked_bounds(
     """The bounds of the packed documents, `None` without."""
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None
+    for name, x in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ValueError(f"`{name}` must be a tensor of integers; got {type(x).__name__}.")
     batch, length = inputs_embeds.shape[:2]
     bounds, of_keys = (x.tolist() if x is not None else None for x in (cu_seq_lens_q, cu_seq_lens_k))
     if bounds is not None:
@@ -945,8 +949,11 @@ class BasedPreTrainedModel(PreTrainedModel):
         if has_config:
             config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         if not is_original_config(config_dict):
+            base = _original_base(source, hub_kwargs) if has_config and "model_type" not in config_dict else None
+            if base is not None:
+                return cls._from_adapters(source, base, hub_kwargs, *model_args, config=config, **kwargs)
             if has_config and config is None and "model_type" not in config_dict:
-                # A folder of adapters has no config. Of an empty one transformers would build a whole based-360m.
+                # Of an empty config transformers would build a whole based-360m.
                 if find_file(source, CONFIG_NAME, **hub_kwargs):
                     raise ValueError(f"The config.json of {source} has no `model_type`.")
             elif has_config and not kwargs.keys() & OPTIONS_FOR_OTHER_WEIGHTS:
@@ -990,6 +997,16 @@ class BasedPreTrainedModel(PreTrainedModel):
         return model, info
 
     @classmethod
+    def _from_adapters(cls, source: str, base: str, hub_kwargs: dict, *model_args, **kwargs):
+        """transformers would look in `base`, which is in the original layout, for weights by the names of its own."""
+        of_adapters = hub_kwargs | (kwargs.pop("adapter_kwargs", None) or {})
+        name, wants_info = kwargs.pop("adapter_name", "default"), kwargs.pop("output_loading_info", False)
+        of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        model = cls.from_pretrained(base, *model_args, **of_base)
+        info = model.load_adapter(source, adapter_name=name, adapter_kwargs=of_adapters)
+        return (model, info.to_dict()) if wants_info else model
+
+    @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         """Called by transformers between building the model and reading its weights."""
         if distributed_config is not None:
@@ -1004,13 +1021,38 @@ class BasedPreTrainedModel(PreTrainedModel):
                 "AutoConfig": "configuration_based.BasedConfig",
                 **{auto: f"modeling_based.{model_class.__name__}" for auto, model_class in AUTO_CLASSES.items()},
             }
-        # FSDP2 gives a model a class of its own making, and transformers would save the file where that is made.
+        # transformers saves the file where the class is made.
         own_class = type(self)
-        self.__class__ = next(x for x in own_class.__mro__ if not x.__name__.startswith("FSDP"))
+        self.__class__ = _made_here(own_class)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.__class__ = own_class
+
+    def _get_name(self) -> str:
+        """By which Trainer finds out whether it is to shift labels that it smooths."""
+        return _made_here(type(self)).__name__
+
+
+def _made_here(model_class: type) -> type:
+    """FSDP2 gives a model a class of its own making."""
+    return next(x for x in model_class.__mro__ if not x.__name__.startswith("FSDP"))
+
+
+def _original_base(source: str, hub_kwargs: dict) -> str | None:
+    """The base model that a folder or repository of adapters names, where that is in the original layout."""
+    path = find_file(source, "adapter_config.json", **hub_kwargs)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    if not base:
+        return None
+    of_base = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+    return base if is_original_config(PreTrainedConfig.get_config_dict(base, **of_base)[0]) else None
 
 
 def _check_size(source: str, config: BasedConfig, hub_kwargs: dict) -> None:
@@ -1382,7 +1424,38 @@ class BasedForSequenceClassification(_BuiltThroughAutoModel, GenericForSequenceC
 
 
 class BasedForTokenClassification(_BuiltThroughAutoModel, GenericForTokenClassification, BasedPreTrainedModel):
-    pass
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The class of each token; -100 for none.
+        seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            As in [`BasedModel`]. Named here too: Trainer drops the columns of a dataset that the forward does not name.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and tokens is not None:
+            check_labels(tokens.shape[:2], labels=labels)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
 
 
 class BasedForQuestionAnswering(_BuiltThroughAutoModel, GenericForQuestionAnswering, BasedPreTrainedModel):
