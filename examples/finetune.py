@@ -13,6 +13,7 @@ Needs `pip install ".[train,plot]"`; several GPUs take `accelerate launch` in pl
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -85,24 +86,28 @@ def read_texts(args: argparse.Namespace) -> Dataset:
     try:
         if args.dataset is not None:
             texts = load_dataset(args.dataset, args.dataset_config, split=args.split)
-        elif format := FORMATS.get(source.suffix):
+        elif format := FORMATS.get(source.suffix.lower()):
             texts = load_dataset(format, data_files=str(source), split="train")
         else:
             texts = load_dataset("text", data_files=str(source), sample_by="document", split="train")
             args.text_column = "text"
     except (DatasetsError, OSError, ValueError) as error:
         sys.exit(f"{source} cannot be read as a dataset: {error}".splitlines()[0])
+    except StopIteration:
+        sys.exit(f"{source} is empty: choose another --train-file or --dataset.")
     if args.text_column not in texts.column_names:
         sys.exit(f"{source} has no column {args.text_column!r}: choose --text-column from {texts.column_names}.")
-    if len(texts) and not isinstance(texts[0][args.text_column], str):
-        sys.exit(f"The column {args.text_column!r} of {source} holds no text: {texts[0][args.text_column]!r:.60}")
     return texts
 
 
 def cut_in_pieces(texts: Dataset, tokenizer, args: argparse.Namespace) -> DatasetDict:
     """`input_ids` of at most `args.block_size` tokens; those at the end of the texts are held out, as "test"."""
+    source = args.dataset or args.train_file
 
-    def cut(batch):
+    def cut(batch, indices):
+        for i, text in zip(indices, batch[args.text_column]):
+            if not isinstance(text, str | None):
+                sys.exit(f"{source}: the column {args.text_column!r} of record {i + 1} holds no text: {text!r:.60}")
         texts = [text or "" for text in batch[args.text_column]]
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         size = args.block_size
@@ -111,10 +116,11 @@ def cut_in_pieces(texts: Dataset, tokenizer, args: argparse.Namespace) -> Datase
         # Of a token alone nothing is predicted.
         return {"input_ids": [piece for piece in pieces if len(piece) > 1]}
 
-    pieces = texts.map(cut, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
+    pieces = texts.map(cut, with_indices=True, batched=True, remove_columns=texts.column_names, desc="Tokenizing")
     if len(pieces) < 2:
-        sys.exit(f"{args.dataset or args.train_file} has too few tokens for two pieces. Lower --block-size.")
-    return pieces.train_test_split(max(1, round(args.held_out * len(pieces))), shuffle=False)
+        sys.exit(f"{source} has too few tokens for two pieces. Lower --block-size.")
+    held_out = min(max(1, round(args.held_out * len(pieces))), len(pieces) - 1)
+    return pieces.train_test_split(held_out, shuffle=False)
 
 
 def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -152,6 +158,25 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+def load_model(args: argparse.Namespace) -> BasedForCausalLM:
+    adapters = (
+        f"{args.model} holds adapters: merge them into the base first, by `PeftModel.from_pretrained(base, "
+        f"{args.model!r}).merge_and_unload().save_pretrained(folder)`, or go on with their run by --resume, with the "
+        "base as --model."
+    )
+    folder = Path(args.model)
+    # Without peft, or where the base has moved, they cannot be loaded.
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        sys.exit(adapters)
+    try:
+        model = BasedForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.model} cannot be read as a Based model, choose --model: {str(error).splitlines()[0]}")
+    if model._hf_peft_config_loaded:
+        sys.exit(adapters)
+    return model
+
+
 def add_lora(model: BasedForCausalLM, args: argparse.Namespace):
     try:
         from peft import LoraConfig, get_peft_model
@@ -170,6 +195,20 @@ def add_lora(model: BasedForCausalLM, args: argparse.Namespace):
         target_modules=args.lora_targets or "all-linear",
     )
     return get_peft_model(model, config)
+
+
+def compare_adapters(model, checkpoint: Path, args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint with other adapters than the model's."""
+    config = checkpoint / "adapter_config.json"
+    if config.is_file():
+        saved = json.loads(config.read_text())
+        rank, targets = saved["r"], set(saved["target_modules"])
+        if args.lora != rank or set(model.peft_config["default"].target_modules) != targets:
+            run = f"a run with --lora {rank} --lora-targets {' '.join(sorted(targets))}"
+            sys.exit(f"{checkpoint} is of {run}: go on from it with these, or choose another --output-dir.")
+    # FSDP's sharded checkpoints have neither file.
+    elif args.lora and (checkpoint / "config.json").is_file():
+        sys.exit(f"{checkpoint} is of a run without --lora: go on from it without, or choose another --output-dir.")
 
 
 def load_again(args: argparse.Namespace):
@@ -240,6 +279,25 @@ def share(text: str) -> float:
     return float(text)
 
 
+def dropout(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return float(text)
+
+
+def rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    # NumPy's has 32 bits.
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tunes a Based model.")
     parser.add_argument("--model", default=str(SMALL_MODEL), help="folder or Hub id, in either layout")
@@ -253,7 +311,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs/finetuned"), help="for the result and checkpoints"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the pieces, dropout and new adapters")
+    parser.add_argument("--seed", type=seed, default=0, help="of the order of the pieces, dropout and new adapters")
     parser.add_argument("--prompt", default="Based is", help="to generate from at the end")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result, as you/name")
 
@@ -268,17 +326,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--held-out", type=share, default=0.1, help="share of the pieces that is only evaluated on")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=float, default=10.0, help="times through the text (default: 10)")
+    training.add_argument("--epochs", type=rate, default=10.0, help="times through the text (default: 10)")
     training.add_argument("--max-steps", type=int, default=-1, help="overrules --epochs where positive")
     training.add_argument(
-        "--learning-rate", type=float, default=1e-3, help="after 10 steps, then falling to 0 (default: 1e-3)"
+        "--learning-rate", type=rate, default=1e-3, help="after 10 steps, then falling to 0 (default: 1e-3)"
     )
     training.add_argument("--batch-size", type=positive, default=8, help="pieces in a batch, on each device")
     training.add_argument("--accumulate", type=positive, default=1, help="batches in a step")
     training.add_argument("--packing", action="store_true", help="no padding: the pieces of a batch share a row")
     training.add_argument("--lora", type=positive, metavar="RANK", help="train adapters of this rank only")
     training.add_argument("--lora-targets", nargs="+", metavar="LAYER", help="such as q_proj (default: all linear)")
-    training.add_argument("--lora-dropout", type=float, default=0.0, help="of what goes into an adapter")
+    training.add_argument("--lora-dropout", type=dropout, default=0.0, help="of what goes into an adapter")
     training.add_argument("--bf16", action="store_true", help="compute in bf16; the weights stay as they are")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     training.add_argument("--eval-steps", type=positive, default=100, help="steps from one evaluation to the next")
@@ -325,6 +383,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
+    for path in (args.output_dir, *args.output_dir.parents):
+        if path.exists() and not path.is_dir():
+            sys.exit(f"--output-dir {args.output_dir}: {path} is a file, choose another folder.")
     found = get_last_checkpoint(str(args.output_dir)) if args.output_dir.is_dir() else None
     if args.resume and found is None:
         sys.exit(f"No checkpoint to go on from in {args.output_dir}: start without --resume, with --save-steps.")
@@ -342,15 +403,14 @@ def main(argv: list[str] | None = None) -> None:
     options = training_arguments(args)
     if args.packing and options.n_gpu > 1:
         sys.exit("Packed batches cannot be split over GPUs: start with `accelerate launch` in place of `python`.")
-    try:
-        model = BasedForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{args.model} cannot be read as a Based model, choose --model: {str(error).splitlines()[0]}")
+    model = load_model(args)
     tokenizer = find_tokenizer(args.tokenizer, args.model, model.config.vocab_size)
-    with options.main_process_first(desc="reading the texts"):
-        pieces = cut_in_pieces(read_texts(args), tokenizer, args)
     if args.lora:
         model = add_lora(model, args)
+    if checkpoint is not None:
+        compare_adapters(model, Path(checkpoint), args)
+    with options.main_process_first(desc="reading the texts"):
+        pieces = cut_in_pieces(read_texts(args), tokenizer, args)
     is_main = options.process_index == 0
     if is_main:
         if isinstance(tokenizer, Bytes):

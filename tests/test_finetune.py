@@ -80,6 +80,27 @@ def test_packed_and_padded_end_at_the_same_loss(run, records, tmp_path, based_ti
     )
 
 
+def cut_in_pieces(*options):
+    args = finetune.parse_arguments([str(x) for x in options])
+    return finetune.cut_in_pieces(finetune.read_texts(args), finetune.Bytes(), args)
+
+
+@pytest.mark.parametrize("text", [None, "once upon a time"])
+def test_records_by_any_case_of_the_suffix_and_without_a_text(tmp_path, text):
+    path = tmp_path / "text.JSONL"
+    path.write_text("".join(json.dumps({"text": x}) + "\n" for x in (text, "one", None, "two")))
+    pieces = cut_in_pieces("--train-file", path)
+    texts = [finetune.Bytes().decode(ids) for part in ("train", "test") for ids in pieces[part]["input_ids"]]
+    assert texts == [x for x in (text, "one", "two") if x]
+
+
+@pytest.mark.parametrize("share", ["0.05", "0.95"])
+def test_of_two_pieces_one_is_held_out(tmp_path, share):
+    (tmp_path / "text.txt").write_text("x" * 90)
+    pieces = cut_in_pieces("--train-file", tmp_path / "text.txt", "--block-size", "48", "--held-out", share)
+    assert pieces.num_rows == {"train": 1, "test": 1}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -185,7 +206,12 @@ def refused(capsys, *arguments):
         ("x" * 5000, ("--dataset", "{folder}/nothing"), "nothing cannot be read as a dataset"),
         ("x" * 5000, ("--push-to-hub", "me/tuned"), "hf auth login"),
         ("x" * 5000, ("--model", "{reference}", "--tokenizer", "{small}"), r"2048 tokens, .* --tokenizer"),
-        ({"text": 3}, (), "'text' .* holds no text: 3"),
+        ({"text": 3}, (), "text.jsonl: the column 'text' of record 1 holds no text: 3"),
+        ('{"text": "a"}\n{"text": 3}', ("--train-file", "{folder}/text.json"), "'text' of record 2 holds no text: 3"),
+        ('{"text": "a"}\n{"text": ["b"]}', ("--train-file", "{folder}/text.json"), r"record 2 holds no text: \['b'\]"),
+        ("", ("--train-file", "{folder}/text.json"), "text.json is empty: choose another --train-file"),
+        ("x" * 5000, ("--output-dir", "{folder}/text.txt"), "text.txt: .*text.txt is a file, choose another folder"),
+        ("x" * 5000, ("--output-dir", "{folder}/text.txt/a/b"), "a/b: .*text.txt is a file, choose another folder"),
         ({"story": "once"}, (), "no column 'text': choose --text-column from .*story"),
         ("{'not json", ("--train-file", "{folder}/text.json"), "text.json cannot be read as a dataset"),
     ],
@@ -213,6 +239,11 @@ def test_refuses_in_a_line(tmp_path, capsys, monkeypatch, content, options, mess
         (("--batch-size", "0"), "--batch-size: 0 is not a number of at least 1"),
         (("--lora", "-3"), "--lora: -3 is not a number of at least 1"),
         (("--lora-targets", "q_proj"), "--lora-targets and --lora-dropout need --lora RANK"),
+        (("--lora", "4", "--lora-dropout", "1.5"), "--lora-dropout: 1.5 is not at least 0 and below 1"),
+        (("--learning-rate", "nan"), "--learning-rate: nan is not a number above 0"),
+        (("--learning-rate", "-1"), "--learning-rate: -1 is not a number above 0"),
+        (("--seed", "-1"), "--seed: -1 is not a whole number from 0 to 4294967295"),
+        (("--seed", "4294967296"), "--seed: 4294967296 is not a whole number"),
         (("--dtype", "foo"), "--dtype: invalid choice: 'foo'"),
         (("--prompt", ""), "--prompt and --push-to-hub want a text"),
     ],
@@ -230,6 +261,32 @@ def test_refuses_a_layer_that_is_not_there(tmp_path, capsys):
     message = refused(capsys, *options)
     assert "no layer query_key_value, but down_proj, gate_proj, in_proj" in message
     assert "lm_head" not in message
+
+
+def test_refuses_other_adapters_than_those_of_the_checkpoint(run, tmp_path, capsys):
+    """Also adapters in place of a model."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    options = ("--train-file", ROOT / "LICENSE", *SHORT, "--max-steps", "1", "--save-steps", "1")
+    targets = ("--lora-targets", "q_proj", "k_proj")
+    run(*options, output="full")
+    run(*options, "--lora", "2", *targets, output="lora")
+    # In any order.
+    run(*options, "--lora", "2", "--lora-targets", "k_proj", "q_proj", "--resume", "--max-steps", "2", output="lora")
+
+    options = (*options, "--model", REFERENCE, "--resume", "--output-dir")
+    for others in ((), ("--lora", "4", *targets), ("--lora", "2"), ("--lora", "2", "--lora-targets", "q_proj")):
+        message = refused(capsys, *options, tmp_path / "lora", *others)
+        assert "checkpoint-2 is of a run with --lora 2 --lora-targets k_proj q_proj: go on from it with" in message
+    assert "checkpoint-1 is of a run without --lora" in refused(capsys, *options, tmp_path / "full", "--lora", "2")
+
+    for others in ((), ("--lora", "2")):
+        message = refused(capsys, "--model", tmp_path / "lora", "--output-dir", tmp_path / "new", *others)
+        assert re.search(r"lora holds adapters: merge them .*merge_and_unload\(\).* or go on .* --resume", message)
+    # Of both, the adapters are loaded.
+    for path in (tmp_path / "full").glob("*.*"):
+        shutil.copy(path, tmp_path / "lora")
+    message = refused(capsys, "--model", tmp_path / "lora", "--output-dir", tmp_path / "new")
+    assert "lora holds adapters: merge them" in message
 
 
 def test_refuses_to_run_over_an_earlier_run(tmp_path, capsys):

@@ -5,8 +5,8 @@
     delta' = softplus(delta + bias),   h_t = exp(delta'_t A) h_(t-1) + delta'_t u_t B_t   [D, N]
     output_t = (h_t C_t + skip u_t) silu(z_t)
 
-mamba_ssm's kernels want a compiler of CUDA; what transformers has in PyTorch writes tensors of [B, D, T, N] some forty
-times a step. This writes the states once and reads them once. T stays small: a program walks a sequence alone.
+mamba_ssm's kernels want a compiler of CUDA; what transformers has in PyTorch writes tensors of [B, D, T, N] again and
+again. This writes the states once and reads them once. T stays small: a program walks a sequence alone.
 """
 
 from collections.abc import Iterator
