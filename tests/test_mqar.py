@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from programs import ROOT, load_program, run_python
-from transformers import AutoModelForCausalLM, EvalPrediction
+from transformers import AutoModelForCausalLM, EvalPrediction, TrainingArguments
 
 
 run = load_program("examples/recall/run.py")
@@ -99,6 +99,39 @@ def test_refuses_what_does_not_fit():
         mqar.make_batch(Setting(16, 4), 1, 8, torch.Generator())
     with pytest.raises(ValueError, match="Unknown model 'rwkv'"):
         models.make_config("rwkv", 32, 8, 0, 50)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (("based", 0, 8, 0), "based of width 0, size 8, values 0: they are at least 1, 1 and 0"),
+        (("mamba", 32, 0, 0), "mamba of width 32, size 0, values 0: they are"),
+        (("based", 32, 8, -1), "based of width 32, size 8, values -1: they are"),
+        (("sliding_window", 32, 8, 24), "sliding_window with values of 24: only Based has a size for them"),
+    ],
+)
+def test_refuses_numbers_that_make_no_model(cell, message):
+    with pytest.raises(ValueError, match=message):
+        models.make_config(*cell, 50)
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_all_kinds_start_and_decay_alike(kind):
+    """Matrices decay, vectors and Mamba's A_log do not; what writes into the residual stream starts half as large."""
+    torch.manual_seed(0)
+    model = models.make_model(models.make_config(kind, 64, 16, 0, 500))
+    trainer = training.MatrixDecayTrainer(model=training.AtQueries(model), args=TrainingArguments(use_cpu=True))
+    trainer.create_optimizer()
+    decayed, spared = ({id(x) for x in group["params"]} for group in trainer.optimizer.param_groups)
+    for name, x in model.named_parameters():
+        assert id(x) in (spared if x.ndim < 2 or "A_log" in name else decayed), name
+    if kind == "mamba":
+        return
+    written = [x for name, x in model.named_parameters() if re.search(r"(o|out|down)_proj.weight", name)]
+    others = [x for name, x in model.named_parameters() if re.search(r"(q|k|v|in|up|gate)_proj.weight", name)]
+    assert len(written) == 4
+    ratio = torch.cat([x.flatten() for x in others]).std() / torch.cat([x.flatten() for x in written]).std()
+    assert 1.9 < ratio < 2.1
 
 
 # Bytes of an fp32 number times what each layer keeps, counted by hand behind 40 tokens at a width of 32.

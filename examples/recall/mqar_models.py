@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
 
 from transformers_based import BasedConfig
 
@@ -37,7 +37,13 @@ class Cell(NamedTuple):
 
 
 def make_config(kind: str, width: int, size: int, value_dim: int, vocab_size: int) -> PreTrainedConfig:
-    """Raises `ValueError` for an unknown `kind`."""
+    """Raises `ValueError` for an unknown `kind` and for numbers that make no model of it."""
+    if kind not in KINDS:
+        raise ValueError(f"Unknown model {kind!r}: it is one of {list(KINDS)}.")
+    if width < 1 or size < 1 or value_dim < 0:
+        raise ValueError(f"{kind} of width {width}, size {size}, values {value_dim}: they are at least 1, 1 and 0.")
+    if value_dim and kind != "based":
+        raise ValueError(f"{kind} with values of {value_dim}: only Based has a size for them, give 0.")
     common = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": 2, "tie_word_embeddings": True}
     common |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if kind in ("based", "sliding_window"):
@@ -57,10 +63,20 @@ def make_config(kind: str, width: int, size: int, value_dim: int, vocab_size: in
             # As Based starts: with 0.02, as is usual in large models, nothing was learned in 800 steps.
             initializer_range=(2 / (5 * width)) ** 0.5,
         )
-    if kind == "mamba":
-        # The scan of plain PyTorch goes token by token; mambapy's takes log2(T) rounds.
-        return MambaConfig(**common, state_size=size, use_mambapy=find_spec("mambapy") is not None)
-    raise ValueError(f"Unknown model {kind!r}: it is one of {list(KINDS)}.")
+    # The scan of plain PyTorch goes token by token; mambapy's takes log2(T) rounds.
+    return MambaConfig(**common, state_size=size, use_mambapy=find_spec("mambapy") is not None)
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """In fp32, with new weights."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if config.model_type == "llama":
+        # Based starts what writes into the residual stream smaller with depth, as GPT-2 does; Llama has no such rule.
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    projection.weight /= (2 * config.num_hidden_layers) ** 0.5
+    return model
 
 
 def tensors_in(value) -> Iterator[torch.Tensor]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from mqar import MQAR, TEST, TRAIN, VOCAB_SIZE, Setting, collate
-from mqar_models import Cell, make_config, state_bytes
+from mqar_models import Cell, make_config, make_model, state_bytes
 from torch import nn
-from transformers import AutoModelForCausalLM, EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ class Recorded(nn.Module):
             return self.recordings[key](*batch)
 
 
+class MatrixDecayTrainer(Trainer):
+    """Spares vectors and Mamba's `A_log` the decay of weights, as Mamba's authors do; Trainer knows only norms."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, x in model.named_parameters() if x.ndim > 1 and not name.endswith(".A_log")]
+
+
 def accuracy_by_pairs(prediction: EvalPrediction) -> dict[str, float]:
     """The share of right answers among the rows with as many queries; their mean counts each number alike."""
     is_asked = prediction.label_ids != -100
@@ -93,7 +100,7 @@ def train(cell: Cell, task: Task, device: str) -> dict:
     """A row of the results for `cell`. Raises `FloatingPointError` where the loss is no number at the end."""
     set_seed(task.seed)
     config = make_config(cell.kind, cell.width, cell.size, cell.value_dim, task.vocab_size)
-    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    causal_lm = make_model(config)
     model, on_gpu = AtQueries(causal_lm), device != "cpu"
     scan = nullcontext()
     if on_gpu:
@@ -104,7 +111,7 @@ def train(cell: Cell, task: Task, device: str) -> dict:
             scan = in_transformers()
     test_batch = max(1, min(32, task.test_rows))
     with scan, tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = MatrixDecayTrainer(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
