@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedConfig
+from arguments import check_folder, positive
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 import transformers_based  # noqa: F401 (tells the Auto classes about Based)
 from transformers_based.original_format import is_original_config
@@ -29,7 +30,7 @@ from transformers_based.original_format import is_original_config
 
 try:
     import lm_eval
-    from datasets import DatasetDict, load_dataset
+    from datasets import Dataset, DatasetDict
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.fda.task import FDA
     from lm_eval.tasks.squad_completion.task import SQUADCompletion
@@ -38,6 +39,7 @@ except ImportError as error:
     sys.exit(f'examples/evaluate_recall.py needs the `lm_eval` library ({error}): pip install ".[eval]"')
 
 TASKS = {"fda": FDA, "swde": SWDE, "squad_completion": SQUADCompletion}
+NEW_TOKENS = 48  # as in the paper
 # Percent, as reported for the released checkpoints by their authors (arXiv 2402.18668).
 PUBLISHED = {
     "based-360m": (14.3, 25.7, 24.2),
@@ -61,32 +63,103 @@ def make_task(name: str, folder: Path | None):
                 self.dataset = DatasetDict(validation=documents)
 
         task_class = LocalTask
-    task = task_class()
+    try:
+        task = task_class()
+    except (OSError, ValueError) as error:
+        sys.exit(f"The documents of {name} cannot be loaded: {str(error).splitlines()[0]} (--data takes a folder)")
     task._config.task = name
-    # As in the paper. Of lm-eval's own, squad_completion takes the library's defaults, 256 tokens past a line's end.
-    task._config.generation_kwargs = {"until": ["\n"], "max_gen_toks": 48}
+    # Of lm-eval's own, squad_completion takes the library's defaults, 256 tokens past a line's end.
+    task._config.generation_kwargs = {"until": ["\n"], "max_gen_toks": NEW_TOKENS}
     return task
 
 
-def read_documents(path: Path):
+def read_documents(path: Path) -> Dataset:
     if not path.is_file():
         sys.exit(f"There is no file {path}: --data is a folder with a .jsonl for each of the --tasks.")
     try:
-        documents = load_dataset("json", data_files=str(path), split="train")
-    except Exception as error:
+        with path.open(encoding="utf-8") as lines:
+            documents = [json.loads(line) for line in lines if line.strip()]
+        if not documents:
+            sys.exit(f"{path} is empty: it needs a document a line, each with a `text` and a `value`.")
+        for number, document in enumerate(documents, 1):
+            check_document(document, f"{path}, record {number}")
+        return Dataset.from_list(documents)
+    except (OSError, TypeError, ValueError) as error:
         sys.exit(f"{path} cannot be read as records: {error}".splitlines()[0])
-    if missing := {"text", "value"} - set(documents.column_names):
-        sys.exit(f"{path} has no column {', '.join(sorted(missing))}: its columns are {documents.column_names}.")
-    return documents
 
 
-def load_model(source: str, args: argparse.Namespace) -> HFLM:
+def check_document(document, where: str) -> None:
+    for name in ("text", "value"):
+        found = document.get(name) if isinstance(document, dict) else None
+        # An empty value would be in every answer.
+        if not isinstance(found, str) or not found.strip():
+            sys.exit(f"{where}: its `{name}` must be a string with something in it.")
+
+
+def devices() -> list[str]:
+    """By the names that lm-eval knows: for any other it would quietly choose one itself."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    names = [kind] if kind in ("cuda", "mps") else []
+    return ["cpu", *names, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def own_length(config: PreTrainedConfig, tokenizer) -> int:
+    """The tokens of prompt and answer that lm-eval keeps to without `--max-length`."""
+    config = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config, name, None)) is not None:
+            return length
+    return tokenizer.model_max_length
+
+
+def check_model(source: str) -> None:
+    if Path(source).is_file():
+        sys.exit(f"{source} is a file: a model is a folder or Hub id.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
         sys.exit(f"There is no model {source}: {str(error).splitlines()[0]}")
     if is_original_config(config) or "model_type" not in config or {"alt_mixer", "mixer"} & config.keys():
         sys.exit(f"{source} is in its original layout: run conversion/convert_checkpoint.py {source} OUTPUT first.")
+
+
+def check_length(source: str, args: argparse.Namespace) -> None:
+    """That a prompt has room beside its answer; loads what tells it, without the weights."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
+    name = args.tokenizer or source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        sys.exit(f"No tokenizer in {name}: {str(error).splitlines()[0]} Choose one with --tokenizer.")
+    length = own_length(config, tokenizer)
+    if args.max_length is None and length <= NEW_TOKENS:
+        sys.exit(
+            f"{source} takes {length} tokens, which leaves no prompt: an answer alone has {NEW_TOKENS}. Where it can "
+            "take more, say so with --max-length."
+        )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What would otherwise stop the program late, with the numbers of other models lost."""
+    if args.device not in (known := devices()):
+        sys.exit(f"--device {args.device}: torch finds no such device here, choose from {', '.join(known)}.")
+    if args.max_length is not None and args.max_length <= NEW_TOKENS:
+        sys.exit(f"--max-length {args.max_length} leaves no prompt: it includes the {NEW_TOKENS} tokens of an answer.")
+    if args.output is not None:
+        if args.output.is_dir():
+            sys.exit(f"--output {args.output} is a folder: name a .json, such as {args.output / 'recall.json'}.")
+        check_folder("--output", args.output.parent)
+    for source in args.models:
+        check_model(source)
+        check_length(source, args)
+
+
+def load_model(source: str, args: argparse.Namespace) -> HFLM:
     try:
         model = HFLM(
             pretrained=source,
@@ -97,7 +170,7 @@ def load_model(source: str, args: argparse.Namespace) -> HFLM:
             max_length=args.max_length,
         )
     except (OSError, ValueError) as error:
-        sys.exit(f"{source} cannot be loaded: {str(error).splitlines()[0]} (--tokenizer names one from elsewhere)")
+        sys.exit(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
     # Greedily, and as far as the task says, whatever the checkpoint prefers.
     own = model.model.generation_config
     ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")}
@@ -105,11 +178,11 @@ def load_model(source: str, args: argparse.Namespace) -> HFLM:
     return model
 
 
-def evaluate(source: str, args: argparse.Namespace) -> dict:
+def evaluate(source: str, tasks: list, args: argparse.Namespace) -> dict:
     """`{task: {"accuracy": percent, "documents": how many}}` for the model `source`."""
     results = lm_eval.simple_evaluate(
         model=load_model(source, args),
-        tasks=[make_task(name, args.data) for name in args.tasks],
+        tasks=tasks,
         limit=args.limit,
         bootstrap_iters=0,
         log_samples=False,
@@ -134,17 +207,28 @@ def table(results: dict[str, dict], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
+def write(results: dict[str, dict], args: argparse.Namespace) -> None:
+    versions = {name: module.__version__ for name, module in (("torch", torch), ("transformers", transformers))}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"versions": versions, "dtype": args.dtype, "results": results}, indent=2) + "\n")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recall on real documents, beside the published numbers.")
     parser.add_argument("models", nargs="+", help="folders or Hub ids that transformers loads")
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the model's own)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data", type=Path, help="folder with fda.jsonl and so on (default: the Hub)")
-    parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--max-length", type=int, help="tokens of a prompt; longer ones lose their beginning")
+    parser.add_argument("--limit", type=positive, help="documents of each task (default: all)")
+    parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument(
-        "--dtype", default="auto", help="of the weights: float32, bfloat16 (default: as they were saved)"
+        "--max-length", type=positive, help="tokens of prompt and answer; longer prompts lose their beginning"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: as they were saved)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the numbers to this .json")
@@ -153,14 +237,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    results = {source: evaluate(source, args) for source in args.models}
+    check_arguments(args)
+    tasks = [make_task(name, args.data) for name in args.tasks]
+    results = {}
+    for source in args.models:
+        results[source] = evaluate(source, tasks, args)
+        # After each, for a later model may fail.
+        if args.output is not None:
+            write(results, args)
     print(f"\n{table(results, args.tasks)}")
-    if args.output is not None:
-        versions = {name: module.__version__ for name, module in (("torch", torch), ("transformers", transformers))}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({"versions": versions, "dtype": args.dtype, "results": results}, indent=2) + "\n"
-        )
 
 
 if __name__ == "__main__":

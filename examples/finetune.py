@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from arguments import check_folder, positive, rate
 from huggingface_hub import get_token
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -267,12 +268,6 @@ def draw(history: list[dict[str, float]], path: Path) -> None:
     print(f"Losses drawn to {path}.")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
-
-
 def share(text: str) -> float:
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -282,12 +277,6 @@ def share(text: str) -> float:
 def dropout(text: str) -> float:
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return float(text)
-
-
-def rate(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return float(text)
 
 
@@ -383,9 +372,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
-    for path in (args.output_dir, *args.output_dir.parents):
-        if path.exists() and not path.is_dir():
-            sys.exit(f"--output-dir {args.output_dir}: {path} is a file, choose another folder.")
+    check_folder("--output-dir", args.output_dir)
     found = get_last_checkpoint(str(args.output_dir)) if args.output_dir.is_dir() else None
     if args.resume and found is None:
         sys.exit(f"No checkpoint to go on from in {args.output_dir}: start without --resume, with --save-steps.")

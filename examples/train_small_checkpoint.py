@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from arguments import check_folder, positive, rate
 from model_shapes import llama_like
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -49,7 +50,7 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# Based, {parameters:.1f} million parameters, of the King James Bible
+# Based, {millions:.1f} million parameters, of the King James Bible
 
 A toy that writes recognisable English, for the demo, the examples and the tests of this repository. It knows the King
 James Bible and nothing else, and its statements mean nothing.
@@ -75,8 +76,9 @@ James Bible and nothing else, and its statements mean nothing.
 |---|---:|---:|---:|---:|---:|---:|
 {rows}
 
-The Llama has the same width, depth, tokenizer and number of parameters, and saw the same batches in the same order;
-both numbers are of weights rounded to bf16, computed in fp32.
+The Llama has the same width, depth and tokenizer, and nearly as many parameters ({counts[llama]:,} to
+{counts[based]:,}); it saw the same batches in the same order. Both losses are of weights rounded to bf16, computed in
+fp32.
 
 Sampled with the settings in generation_config.json, seeds 0, 1, 2:
 
@@ -90,8 +92,12 @@ def read_chapters(path: Path) -> list[str]:
     """The verses of each chapter, a line each, without their references."""
     if not path.is_file():
         sys.exit(f"There is no file {path}: the top of {Path(__file__).name} says how to make it.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        sys.exit(f"{path} is not UTF-8 ({error}): convert it first, with iconv for example.")
     chapters: dict[tuple[str, str], list[str]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not (match := VERSE.fullmatch(line.strip())):
             sys.exit(f"{path}, line {number}: no verse behind a reference such as Ge1:1, but {line[:40]!r}.")
         book, chapter, _, text = match.groups()
@@ -219,22 +225,32 @@ def save(model, tokenizer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def width(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1 or int(text) % 32:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 32 such as 192")
+    return int(text)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains the small checkpoint of the examples, and a Llama beside it.")
     parser.add_argument("--text", type=Path, required=True, help="the output of `bible -f gen1:1-rev22:21`")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its model card")
-    parser.add_argument("--epochs", type=float, default=8)
-    parser.add_argument("--batch-size", type=int, default=32, help="blocks in a batch")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--hidden-size", type=int, default=192, help="a multiple of 32")
+    parser.add_argument("--epochs", type=rate, default=8)
+    parser.add_argument("--batch-size", type=positive, default=32, help="blocks in a batch")
+    parser.add_argument("--block-size", type=positive, default=256, help="tokens in a block")
+    parser.add_argument("--learning-rate", type=rate, default=2e-3)
+    parser.add_argument("--vocab-size", type=positive, default=2048)
+    parser.add_argument("--hidden-size", type=width, default=192, help="a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.block_size < 2:
+        parser.error("--block-size must be at least 2: of a token alone nothing is predicted.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    check_folder("--output", args.output)
     chapters = read_chapters(args.text)
     parts = {"train": [], "picks": [], "held_out": []}
     for i, text in enumerate(chapters):
@@ -245,22 +261,24 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {count:,} tokens" for name, count in tokens.items()))
 
     based = based_config(len(tokenizer), args)
-    rows, bytes_per_token = (
+    counts, rows, bytes_per_token = (
+        {},
         [],
         sum(len(text.encode()) for text in parts["held_out"])
         / sum(len(row) for row in tokenizer(parts["held_out"])["input_ids"]),
     )
     for name, config in (("based", based), ("llama", llama_like(based))):
         model, epoch, seconds = train(config, blocks, args)
+        counts[name] = model.num_parameters()
         if name == "based":
             save(model, tokenizer, args.output)
-            text, parameters = sample(model, tokenizer), model.num_parameters()
+            text = sample(model, tokenizer)
             print(text, flush=True)
         # Rounded to bf16 by now; fp32 makes nothing better but the arithmetic.
         model = model.float()
         loss = loss_per_token(model, blocks["held_out"], args.batch_size)
         bits = loss / math.log(2) / bytes_per_token
-        row = f"{NAMES[name]} | {model.num_parameters():,} | {epoch} | {loss:.3f} | {math.exp(loss):.2f} | {bits:.3f}"
+        row = f"{NAMES[name]} | {counts[name]:,} | {epoch} | {loss:.3f} | {math.exp(loss):.2f} | {bits:.3f}"
         rows.append(f"| {row} | {seconds:,.0f} s |")
         print(f"Held out, {NAMES[name]}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}", flush=True)
 
@@ -268,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name not in ("text", "output")
     )
     card = CARD.format(
-        parameters=parameters / 1e6,
+        millions=counts["based"] / 1e6,
+        counts=counts,
         documents=len(chapters),
         verses=sum(chapter.count("\n") for chapter in chapters),
         digest=hashlib.sha256(args.text.read_bytes()).hexdigest(),

@@ -3,15 +3,18 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from programs import ROOT, load_program
-from word_tokenizer import save_checkpoint, words
+from transformers import MambaConfig, MambaForCausalLM
+from word_tokenizer import save_checkpoint, word_tokenizer, words
 
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 program = load_program("examples/evaluate_recall.py")
 NAMES = ["fda", "swde", "squad_completion"]
+GOOD = '{"text": "a", "value": "b"}\n'
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,14 @@ def test_the_sample_has_the_schema_of_the_tasks():
         ("{reference}/attn-tiny", {}, "in its original layout: run conversion/convert_checkpoint.py"),
         ("{folder}/nothing", {}, "There is no model .*nothing"),
         ("{checkpoint}", {}, "There is no file .*fda.jsonl: --data is a folder"),
-        ("{checkpoint}", {"fda.jsonl": '{"text": "a"}'}, "fda.jsonl has no column value: its columns are"),
+        ("{folder}/file", {"file": "{}"}, "file is a file: a model is a folder or Hub id"),
+        ("{checkpoint}", {"fda.jsonl": '{"text": "a"}'}, "fda.jsonl, record 1: its `value` must be a string"),
+        ("{checkpoint}", {"fda.jsonl": GOOD + '{"text": "a", "value": " "}'}, "record 2: its `value` must be"),
+        ("{checkpoint}", {"fda.jsonl": GOOD + '{"text": "a", "value": 5}'}, "record 2: its `value` must be"),
+        ("{checkpoint}", {"fda.jsonl": GOOD + '{"text": null, "value": "a"}'}, "record 2: its `text` must be"),
+        ("{checkpoint}", {"fda.jsonl": GOOD + "5"}, "record 2: its `text` must be"),
+        ("{checkpoint}", {"fda.jsonl": "\n"}, "fda.jsonl is empty: it needs a document a line"),
+        ("{checkpoint}", {"fda.jsonl": GOOD}, "There is no file .*swde.jsonl: --data is a folder"),
         ("{checkpoint}", {"fda.jsonl": "{not json"}, "fda.jsonl cannot be read as records"),
     ],
 )
@@ -94,3 +104,110 @@ def test_refuses_in_a_line(model, files, message, checkpoint, tmp_path, based_ti
         program.main([source, "--data", str(tmp_path), "--device", "cpu"])
     assert re.search(message, error.value.code)
     assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{folder}/nothing"], "There is no model .*nothing"),
+        (["--output", "{folder}"], "--output .* is a folder: name a .json"),
+        (["--output", "{folder}/fda.jsonl/new/out.json"], "--output .*new: .*fda.jsonl is a file, choose another"),
+        (["--max-length", "48"], "--max-length 48 leaves no prompt: it includes the 48 tokens"),
+        (["--max-length", "0"], "--max-length: 0 is not a number of at least 1"),
+        (["--limit", "-1"], "--limit: -1 is not a number of at least 1"),
+        (["--dtype", "float"], "--dtype: invalid choice: 'float'"),
+        (["--device", "cuda"], "--device cuda: torch finds no such device here, choose from cpu."),
+        (["--device", "gpu"], "--device gpu: torch finds no such device here"),
+        (["--tokenizer", "{folder}/nothing"], "No tokenizer in .*nothing: .* Choose one with --tokenizer"),
+        (["--tokenizer", "{folder}"], "No tokenizer in .*: .* Choose one with --tokenizer"),
+    ],
+)
+def test_refuses_before_any_model_is_evaluated(options, message, checkpoint, documents, monkeypatch, capsys):
+    monkeypatch.setattr(program, "evaluate", lambda *args: pytest.fail("evaluated"))
+    monkeypatch.setattr(program.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(program.torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        program.main([str(checkpoint), *(x.format(folder=documents) for x in options), "--data", str(documents)])
+    assert re.search(message, f"{error.value.code} {capsys.readouterr().err}")
+
+
+def test_knows_the_devices_here(monkeypatch):
+    accelerator = program.torch.accelerator
+    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda: program.torch.device("cuda"))
+    monkeypatch.setattr(accelerator, "device_count", lambda: 2)
+    assert program.devices() == ["cpu", "cuda", "cuda:0", "cuda:1"]
+    with pytest.raises(SystemExit, match=r"cuda:9: .* choose from cpu, cuda, cuda:0, cuda:1\."):
+        program.main(["nothing", "--device", "cuda:9"])
+
+
+def copy_of(checkpoint, folder, file, **changes):
+    """With values of its `file` changed."""
+    shutil.copytree(checkpoint, folder)
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(values | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_limit(checkpoint, tmp_path_factory):
+    """A model whose configuration has no length; only its tokenizer can have one."""
+    folder = tmp_path_factory.mktemp("mamba")
+    MambaForCausalLM(MambaConfig(vocab_size=515, hidden_size=16, state_size=4, num_hidden_layers=1)).save_pretrained(
+        folder
+    )
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["checkpoint", "without_limit"])
+def of_length(request, documents, tmp_path):
+    """The command line for a model that takes so many tokens, as its configuration or its tokenizer says."""
+    source = request.getfixturevalue(request.param)
+    file, name = {
+        "checkpoint": ("config.json", "max_position_embeddings"),
+        "without_limit": ("tokenizer_config.json", "model_max_length"),
+    }[request.param]
+
+    def make(length):
+        model = copy_of(source, tmp_path / "short", file, **{name: length})
+        options = ["--data", documents, "--tasks", "fda", "--limit", "1", "--device", "cpu"]
+        return [str(x) for x in (model, *options)]
+
+    return make
+
+
+def test_refuses_a_model_without_room_for_a_prompt(of_length, monkeypatch):
+    monkeypatch.setattr(program, "evaluate", lambda *args: pytest.fail("evaluated"))
+    with pytest.raises(SystemExit, match="short takes 48 tokens, which leaves no prompt"):
+        program.main(of_length(48))
+
+
+def test_takes_a_model_with_room_for_a_token(of_length):
+    program.main(of_length(49))
+
+
+def test_max_length_goes_before_that_of_the_model(of_length):
+    program.main([*of_length(48), "--max-length", "49"])
+
+
+def test_says_that_the_hub_is_not_reached(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'hazyresearch/based-fda' on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(SystemExit, match=r"of fda cannot be loaded: Couldn't reach .* on the Hub \(--data takes"):
+        program.make_task("fda", None)
+
+
+def test_keeps_the_numbers_of_the_models_before_one_that_fails(checkpoint, documents, tmp_path):
+    twin = copy_of(checkpoint, tmp_path / "twin", "config.json")
+    broken = copy_of(checkpoint, tmp_path / "broken", "config.json")
+    (broken / "model.safetensors").unlink()
+    output = tmp_path / "out.json"
+    output.write_text("of an earlier run")
+    options = ["--data", documents, "--tasks", "fda", "--limit", "1", "--device", "cpu", "--output", output]
+    with pytest.raises(SystemExit, match="broken cannot be loaded"):
+        program.main([str(x) for x in (checkpoint, twin, broken, *options)])
+    expected = {"fda": {"accuracy": 100.0, "documents": 1}}
+    assert json.loads(output.read_text())["results"] == {str(checkpoint): expected, str(twin): expected}

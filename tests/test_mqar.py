@@ -4,14 +4,19 @@
 import copy
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from programs import ROOT, load_program, run_python
+from programs import ROOT, environment, load_program, run_python
 from transformers import AutoModelForCausalLM, EvalPrediction, TrainingArguments
 
 
@@ -222,7 +227,7 @@ def test_based_learns_to_recall_and_a_window_does_not():
 def sweep(monkeypatch, tmp_path):
     """Runs the program with trainings that take no time: accuracy is the learning rate; these cells fail or end."""
 
-    def call(*options, fails=(), trained=None):
+    def call(*options, fails=(), trained=None, command=("--quick", "--output", str(tmp_path / "quick.csv"))):
         def train_on(device, cell, task):
             if trained is not None:
                 trained.append(cell)
@@ -235,7 +240,7 @@ def sweep(monkeypatch, tmp_path):
 
         monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, *others: ThreadPoolExecutor(n))
         monkeypatch.setattr(run, "train_on", train_on)
-        run.main(["--quick", "--output", str(tmp_path / "quick.csv"), *options])
+        run.main([*command, *options])
 
     return call
 
@@ -312,6 +317,126 @@ def test_refuses_a_table_of_another_task(sweep, tmp_path):
         sweep("--batch-size", "32")
 
 
+def test_refuses_a_table_that_cannot_be_written(sweep, tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for output, reason in (
+        ("folder.csv", "Is a directory"),
+        ("file/quick.csv", "a file lies where it needs a folder"),
+        ("file/in/quick.csv", "Not a directory"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^Cannot write .*{output} \({reason}\): choose another --output.$"):
+            sweep("--output", str(tmp_path / output))
+
+
+@pytest.mark.parametrize(
+    ("command", "written"), [(["--quick"], "quick"), (["--kinds", "sliding_window", "--processes", "2"], "frontier")]
+)
+def test_committed_results_are_left_alone(sweep, tmp_path, monkeypatch, command, written):
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    sweep(command=command, trained=trained)
+    assert trained
+    names = [f"outputs/recall/{written}.{ending}" for ending in ("csv", "md", "png")]
+    assert sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()) == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "quick.md"], "--output: quick.md does not end in .csv"),
+        (["--output", "quick"], "--output: quick does not"),
+        (["--processes", "0"], "--processes: 0 is less than 1"),
+        (["--steps", "0"], "--steps: 0 is"),
+        (["--batch-size", "-1"], "--batch-size: -1 is"),
+        (["--budget", "nan"], "--budget: nan is"),
+        (["--learning-rates", "0.1", "0"], "--learning-rates: 0.0 is not a number above 0"),
+        (["--learning-rates", "inf"], "--learning-rates: inf is"),
+        (["--learning-rates", "nan"], "--learning-rates: nan is"),
+    ],
+)
+def test_refuses_options(sweep, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        sweep(*options)
+    assert error.value.code == 2
+    assert f"error: argument {message}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--points", "based:48:16:0", "based:0:16:0"],
+            "based width 0 size 16 lr 0.003: based of width 0, .* they are",
+        ),
+        (["--points", "sliding_window:63:16:0"], "sliding_window width 63 size 16 lr 0.003: .* even rotary dimension"),
+        (["--points", "attention:64:1024:0"], "attention width 64 size 1024 lr 0.003: .* its SIZE is 256."),
+        (["--kinds", "mamba"], "No model to train: there are points of based, sliding_window, none of --kinds mamba."),
+        (["--points", "based:48:16:0", "--kinds", "mamba"], "No model to train: there are points of based, none of"),
+    ],
+)
+def test_refuses_models_before_it_trains_any(sweep, tmp_path, options, message):
+    trained = []
+    with pytest.raises(SystemExit, match=f"^{message}[^\n]*$"):
+        sweep(*options, trained=trained)
+    assert not trained
+    assert not (tmp_path / "quick.csv").exists()
+    sweep("--points", "attention:32:256:0", trained=trained)
+    assert len(trained) == 1
+
+
+def test_what_is_given_twice_is_trained_once(sweep):
+    trained = []
+    points = ("based:48:16:0", "based:48:16:0", "based:48:8:0")
+    sweep("--points", *points, "--learning-rates", "0.003", "3e-3", trained=trained)
+    assert sorted(cell.size for cell in trained) == [8, 16]
+
+
+def test_a_last_line_without_its_end_is_finished(sweep, tmp_path):
+    path = tmp_path / "quick.csv"
+    sweep("--kinds", "based")
+    path.write_text(path.read_text().rstrip("\n"))
+    sweep()
+    assert len(report.read_rows(path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda line: line[: len(line) // 2], r"\d+ columns in place of 22"),
+        (lambda line: f"{line},1", "23 columns in place of 22"),
+        (lambda line: line.replace(",64,", ",6x4,", 1), "width is '6x4'"),
+        (lambda line: line.replace(",0.5,", ",,"), "seconds is ''"),
+        (lambda line: line.replace(",0.003,1,1,", ",nan,1,1,"), "accuracy is 'nan'"),
+        (lambda line: line.replace("based", "rwkv"), "kind is 'rwkv'"),
+        (lambda line: line.replace("CPU", '"CPU'), "20 columns in place of 22"),
+        (lambda line: "\0" * len(line), "line contains NUL|1 columns in place of 22"),
+    ],
+)
+def test_a_damaged_row_is_named(sweep, tmp_path, damage, reason):
+    path = tmp_path / "quick.csv"
+    sweep("--kinds", "based")
+    first, second, *others = path.read_text().split("\n")
+    path.write_text("\n".join([first, "", damage(second), *others]))
+    before, trained = path.read_bytes(), []
+    for read in (
+        lambda: sweep(trained=trained),
+        lambda: report.write_report(path),
+        lambda: dial.main(["--frontier", str(path), "--output", str(tmp_path / "new")]),
+    ):
+        with pytest.raises(
+            SystemExit, match=rf"^.*quick.csv, line 3, is damaged \(({reason})\): delete that line[^\n]*$"
+        ):
+            read()
+    assert not trained
+    assert path.read_bytes() == before
+    path.write_text("\n".join([first, *others]))
+    sweep("--kinds", "based", trained=trained)
+    assert len(trained) == 1
+
+
 def test_most_telling_first():
     cells = run.cells_in_order(run.POINTS, run.LEARNING_RATES)
     assert len({*cells}) == len(cells)
@@ -329,6 +454,72 @@ def test_one_command_trains_in_processes_and_reports(tmp_path):
         len(re.findall(r"^\[ *\d+ s\] [12]/2 based width 64 size (?:8|16) lr 0.003: accuracy 0.0", output, re.M)) == 2
     )
     assert report.read_rows(tmp_path / "quick.csv")[0]["steps"] == 2
+
+
+def workers_of(parent: int) -> list[int]:
+    """Processes of `parent` that are ready to train: what Trainer prints goes nowhere."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found += [int(folder.name)] * (os.readlink(folder / "fd" / "1") == os.devnull)
+        except OSError:
+            continue
+    return found
+
+
+def is_alive(process: int) -> bool:
+    """Not so if it is over and nobody has asked how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float):
+    """What `condition` gives as soon as it is true, else its last value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return value
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("how", ["killed", "terminated", "interrupted"])
+def test_nothing_trains_on_without_the_program(tmp_path, how):
+    """A terminal interrupts all processes of the program at once."""
+    options = ("--quick", "--processes", "1", "--steps", "1000000", "--output", str(tmp_path / "quick.csv"))
+    parent = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "recall" / "run.py", *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = []
+    try:
+        workers = wait_for(lambda: workers_of(parent.pid), 120)
+        assert len(workers) == 1
+        # So that it has begun to train.
+        time.sleep(1)
+        if how == "interrupted":
+            os.killpg(parent.pid, signal.SIGINT)
+        else:
+            parent.send_signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
+        parent.wait(20)
+        assert wait_for(lambda: not is_alive(workers[0]), 20)
+        output, errors = parent.communicate(timeout=20)
+    finally:
+        parent.kill()
+        for worker in filter(is_alive, workers):
+            os.kill(worker, signal.SIGKILL)
+    if how == "interrupted":
+        assert parent.returncode == 130
+        assert "FAILED" not in output
+        assert "Traceback" not in errors
+        assert f"Interrupted: the models that were finished are in {tmp_path / 'quick.csv'}.\n" in errors
 
 
 def rows_of(*points):
@@ -385,15 +576,49 @@ def test_dials_agree_with_the_benchmark(tmp_path):
         dial.document(rows, generation)
 
 
+def write_rows(path):
+    """A table of one model."""
+    (row,) = rows_of(("based", 1000, 0.8, 1e-2))
+    row |= {"seed": 0, "loss": 1.0, "seconds": 1.0}
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+
+
 def test_dials_are_written_by_one_command(tmp_path, capsys):
     frontier = tmp_path / "frontier.csv"
     with pytest.raises(SystemExit, match=r"There is no .*frontier.csv: run.py writes it"):
         dial.main(["--frontier", str(frontier)])
-    rows = [{**row, "seed": 0, "loss": 1.0, "seconds": 1.0} for row in rows_of(("based", 1000, 0.8, 1e-2))]
-    with frontier.open("w") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(frontier)
     dial.main(["--frontier", str(frontier), "--output", str(tmp_path / "new")])
     assert (tmp_path / "new" / "dial.md").exists()
     assert (tmp_path / "new" / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_benchmark_is_named(tmp_path):
+    frontier, generation = tmp_path / "frontier.csv", tmp_path / "generation.json"
+    write_rows(frontier)
+    text = (ROOT / "examples" / "results" / "generation.json").read_text()
+    whole = json.loads(text)
+    without_based = [model for model in whole["models"] if model["model"] != "based"]
+    for damaged in (
+        text[: len(text) // 2],
+        "[]",
+        "{}",
+        json.dumps({**whole, "copy_bytes_per_second": None}),
+        json.dumps({**whole, "models": []}),
+        json.dumps({**whole, "models": without_based}),
+        json.dumps({**whole, "cells": [{"shape": "1.3b"}]}),
+    ):
+        generation.write_text(damaged)
+        with pytest.raises(
+            SystemExit, match=r"^[^\n]*generation.json is damaged .*: [^\n]*benchmark_generation.py writes it"
+        ):
+            dial.main(["--frontier", str(frontier), "--generation", str(generation), "--output", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+    generation.write_text(text)
+    dial.main(["--frontier", str(frontier), "--generation", str(generation), "--output", str(tmp_path / "new")])
+    (tmp_path / "other.csv").write_text("name,x\na,b\n")
+    with pytest.raises(SystemExit, match=r"other.csv has no column kind: it is not a table that run.py writes"):
+        dial.main(["--frontier", str(tmp_path / "other.csv")])

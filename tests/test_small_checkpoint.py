@@ -56,6 +56,7 @@ def test_the_card_tells_what_was_saved(text, tmp_path, capsys):
     sizes = [int(row[1].replace(",", "")) for row in rows]
     assert sizes[0] == model.num_parameters()
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert f"nearly as many parameters ({sizes[1]:,} to\n{sizes[0]:,})" in card
     assert float(based[3]) == pytest.approx(loss, abs=2e-3)
     assert float(based[4]) == pytest.approx(math.exp(loss), rel=5e-3)
     count = len("".join(held_out).encode()) / (len(ids) - 2)
@@ -93,6 +94,30 @@ def test_refuses_in_a_line(content, message, tmp_path):
         program.main(["--text", str(path), "--output", str(tmp_path / "output")])
     assert re.search(message, error.value.code)
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "{folder}/latin.txt/new"], "--output .*new: .*latin.txt is a file, choose another folder"),
+        (["--text", "{folder}/latin.txt"], "latin.txt is not UTF-8 .*: convert it first"),
+        (["--epochs", "0"], "--epochs: 0 is not a number above 0"),
+        (["--block-size", "0"], "--block-size: 0 is not a number of at least 1"),
+        (["--block-size", "1"], "--block-size must be at least 2"),
+        (["--learning-rate", "nan"], "--learning-rate: nan is not a number above 0"),
+        (["--vocab-size", "-1"], "--vocab-size: -1 is not a number of at least 1"),
+        (["--batch-size", "-1"], "--batch-size: -1 is not a number of at least 1"),
+        (["--hidden-size", "48"], "--hidden-size: 48 is not a multiple of 32"),
+        (["--hidden-size", "0"], "--hidden-size: 0 is not a multiple of 32"),
+    ],
+)
+def test_refuses_before_training(options, message, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "train", lambda *args: pytest.fail("trained"))
+    (tmp_path / "latin.txt").write_bytes("Ge1:1 Noë".encode("latin-1"))
+    options = [option.format(folder=tmp_path) for option in options]
+    with pytest.raises(SystemExit) as error:
+        program.main(["--text", str(text), "--output", str(tmp_path / "output"), *options])
+    assert re.search(message, f"{error.value.code} {capsys.readouterr().err}")
 
 
 USUAL = """

@@ -19,8 +19,40 @@ from transformers_based import BasedConfig, based_1b
 
 
 HERE = Path(__file__).resolve().parent
+# What is read from generation.json.
+NUMBER = (int, float)
+OF_MODEL = {"shape": str, "model": str, "weight_bytes": NUMBER, "bytes_per_sequence": NUMBER}
+OF_CELL = {"shape": str, "model": str, "batch": int, "tokens_per_second": NUMBER}
+OF_ALL = {"device": str, "dtype": str, "copy_bytes_per_second": NUMBER, "models": list, "cells": list}
 FEATURE_DIMS, WINDOWS = (8, 16, 24), (17, 65, 129, 257, 1025)
 SHAPES = {"360m": {}, "1.3b": based_1b}
+
+
+def has(value, types: dict[str, type | tuple]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), of) for name, of in types.items())
+
+
+def is_generation(value) -> bool:
+    """Whether `value` has what is read from it here, one Based for each shape among it."""
+    if not has(value, OF_ALL) or not value["copy_bytes_per_second"] > 0 or not value["models"]:
+        return False
+    if not all(has(x, OF_MODEL) for x in value["models"]) or not all(has(x, OF_CELL) for x in value["cells"]):
+        return False
+    based = [model["shape"] for model in value["models"] if model["model"] == "based"]
+    drawn, tabled = value["models"][0]["shape"], {cell["shape"] for cell in value["cells"]} & SHAPES.keys()
+    return drawn in SHAPES and all(based.count(shape) == 1 for shape in {drawn, *tabled})
+
+
+def read_generation(path: Path) -> dict:
+    if not path.is_file():
+        sys.exit(f"There is no {path}: benchmark_generation.py writes it.")
+    try:
+        generation = json.loads(path.read_text())
+    except ValueError:
+        generation = None
+    if not is_generation(generation):
+        sys.exit(f"{path} is damaged or something else: examples/benchmark_generation.py writes it.")
+    return generation
 
 
 def state_parts(config: BasedConfig, value_bytes: int = 2) -> dict[str, int]:
@@ -174,9 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(args.frontier)
     if not rows:
         sys.exit(f"{args.frontier} has no rows yet.")
-    if not args.generation.is_file():
-        sys.exit(f"There is no {args.generation}: benchmark_generation.py writes it.")
-    generation = json.loads(args.generation.read_text())
+    generation = read_generation(args.generation)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "dial.md").write_text(document(rows, generation))
     plot(rows, generation, args.output / "dial.png")

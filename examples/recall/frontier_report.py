@@ -19,6 +19,7 @@ NAMES = {
     "mamba": ("Mamba", "state size"),
 }
 MODEL = ("kind", "width", "size", "value_dim")
+TEXTS = ("kind", "device", "torch", "transformers")
 INTEGERS = (
     "width",
     "size",
@@ -42,17 +43,56 @@ TARGET_ACCURACY, TARGET_BYTES = 0.97, 15.7
 LEARNED = 0.9
 
 
+def read_value(name: str, text: str) -> str | int | float:
+    """Raises `ValueError` for what cannot stand in the column `name`."""
+    if name in TEXTS:
+        if not text or (name == "kind" and text not in NAMES):
+            raise ValueError
+        return text
+    if name in INTEGERS:
+        return int(text)
+    # A loss may be no number while the accuracy is one.
+    if name != "loss" and not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
+def read_row(names: list[str], texts: list[str]) -> dict:
+    """Raises `ValueError`, which says why, for a row that was not written to its end or is damaged."""
+    if len(texts) != len(names):
+        raise ValueError(f"{len(texts)} columns in place of {len(names)}")
+    row = {}
+    for name, text in zip(names, texts):
+        try:
+            row[name] = read_value(name, text)
+        except ValueError:
+            raise ValueError(f"{name} is {text!r}") from None
+    return row
+
+
+def read_columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return next(csv.reader(file), [])
+
+
 def read_rows(path: Path) -> list[dict]:
-    """The rows of the CSV, numbers as numbers."""
+    """The rows of the CSV, numbers as numbers. Exits where it is none of run.py or a row is damaged."""
     if not path.is_file():
         sys.exit(f"There is no {path}: run.py writes it.")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    texts = ("kind", "device", "torch", "transformers")
-    return [
-        {name: x if name in texts else int(x) if name in INTEGERS else float(x) for name, x in row.items()}
-        for row in rows
-    ]
+    names = read_columns(path)
+    for name in (*TEXTS, *INTEGERS, "learning_rate", "accuracy"):
+        if name not in names:
+            sys.exit(f"{path} has no column {name}: it is not a table that run.py writes.")
+    rows = []
+    # Line by line, since a quote that nothing closes would take all that follows into its row.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if number == 1 or not line.strip():
+            continue
+        try:
+            rows.append(read_row(names, next(csv.reader([line]))))
+        except (ValueError, csv.Error) as error:
+            sys.exit(f"{path}, line {number}, is damaged ({error}): delete that line, run.py trains its model again.")
+    return rows
 
 
 def best_rows(rows: list[dict]) -> list[dict]:

@@ -6,14 +6,17 @@
     python examples/recall/run.py --quick                             Based and sliding windows, minutes on a CPU
 
 Models train at the same time, one in each process, the processes shared out over the GPUs. Every finished model is a
-row of the CSV; a run that is started again leaves out those that are there. The most telling models come first, at the
-learning rate that suits most of them, then again at the others. Writes the report at the end (frontier_report.py).
+row of the CSV, outputs/recall/frontier.csv or quick.csv in the working directory; a run that is started again leaves
+out those that are there. The most telling models come first, at the learning rate that suits most of them, then again
+at the others. Writes the report beside the CSV at the end (frontier_report.py).
 """
 
 import argparse
 import csv
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -26,13 +29,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from frontier_report import write_report
+from frontier_report import read_columns, read_rows, write_report
 from mqar import Setting
-from mqar_models import KINDS, Cell
+from mqar_models import KINDS, Cell, make_config
 from mqar_training import Task, train
 
 
-HERE = Path(__file__).resolve().parent
+# Not beside this program: the results that are there were measured and committed.
+OUTPUTS = Path("outputs", "recall")
 LEARNING_RATES = (3e-3, 1e-2, 1e-3)
 # Width, size and entries of a value. Based keeps features times values, whatever the width.
 POINTS = {
@@ -68,12 +72,26 @@ LAST = ("seconds", "device", "torch", "transformers")
 
 
 def cells_in_order(points: dict[str, list], learning_rates: tuple[float, ...]) -> list[Cell]:
-    """All points at the first learning rate, then at the next; in each, the first point of every kind comes first."""
+    """
+    All points at the first learning rate, then at the next; in each, the first point of every kind comes first. What is
+    given twice is there once.
+    """
     rows = [(rank, kind, point) for kind, of_kind in points.items() for rank, point in enumerate(of_kind)]
     if "mamba" in points:
         rows = [(0 if kind == "mamba" else rank, kind, point) for rank, kind, point in rows]
     rows.sort(key=lambda row: (row[0], list(points).index(row[1])))
-    return [Cell(kind, *point, rate) for rate in learning_rates for _, kind, point in rows]
+    return list(dict.fromkeys(Cell(kind, *point, rate) for rate in learning_rates for _, kind, point in rows))
+
+
+def check(cell: Cell, task: Task) -> None:
+    """Exits for a cell that would fail, or say something else than it seems to, when its turn comes after hours."""
+    try:
+        make_config(*cell[:4], task.vocab_size)
+    # The checks of transformers raise errors of their own.
+    except Exception as error:
+        sys.exit(" ".join(f"{cell}: {error}".split()))
+    if cell.kind == "attention" and cell.size != task.length:
+        sys.exit(f"{cell}: attention keeps all tokens of the longest test, its SIZE is {task.length}.")
 
 
 class Table:
@@ -83,37 +101,46 @@ class Table:
         self.path, self.task, self.lock = path, task, threading.Lock()
         by_pairs = [f"accuracy_{setting.pairs}" for setting in task.test]
         self.columns = [*Cell._fields, *COMMON, *by_pairs, *LAST]
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.rows = list(reader)
-            if reader.fieldnames != self.columns:
-                sys.exit(f"{path} has other columns than this run writes: choose another --output.")
-            for name, wanted, what in (
-                # Who has trained for longer, or on more rows, would win.
-                ("steps", task.steps, "steps"),
-                ("batch_size", task.batch_size, "rows in a batch"),
-                ("seed", task.seed, "as its seed"),
-            ):
-                if others := {row[name] for row in self.rows} - {str(wanted)}:
-                    sys.exit(f"{path} is of {', '.join(others)} {what}, not {wanted}: choose another --output.")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(self.columns)
+        self.rows: list[dict] = []
+        try:
+            if path.exists():
+                self.read()
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerow(self.columns)
+        except OSError as error:
+            # "File exists" says little of a folder that cannot be made.
+            reason = "a file lies where it needs a folder" if isinstance(error, FileExistsError) else error.strerror
+            sys.exit(f"Cannot write {path} ({reason}): choose another --output.")
+
+    def read(self) -> None:
+        if read_columns(self.path) != self.columns:
+            sys.exit(f"{self.path} has other columns than this run writes: choose another --output.")
+        self.rows = read_rows(self.path)
+        for name, wanted, what in (
+            # Who has trained for longer, or on more rows, would win.
+            ("steps", self.task.steps, "steps"),
+            ("batch_size", self.task.batch_size, "rows in a batch"),
+            ("seed", self.task.seed, "as its seed"),
+        ):
+            if others := {row[name] for row in self.rows} - {wanted}:
+                others = ", ".join(map(str, sorted(others)))
+                sys.exit(f"{self.path} is of {others} {what}, not {wanted}: choose another --output.")
+        with self.path.open("r+b") as file:
+            # An editor may have left it out: the next row would go on in the last line.
+            if not file.read().endswith(b"\n"):
+                file.write(b"\n")
 
     def __contains__(self, cell: Cell) -> bool:
-        task = {"seed": self.task.seed, "steps": self.task.steps, "batch_size": self.task.batch_size}
-        wanted = {name: str(x) for name, x in {**cell._asdict(), **task}.items()}
-        return any(wanted.items() <= row.items() for row in self.rows)
+        return any(cell._asdict().items() <= row.items() for row in self.rows)
 
     def append(self, row: dict) -> None:
-        row = {
+        texts = {
             name: f"{x:.5g}" if isinstance(x, float) and name != "learning_rate" else str(x) for name, x in row.items()
         }
         with self.lock, self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
             self.rows.append(row)
 
 
@@ -140,8 +167,17 @@ def seen_alone(device: str) -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
+def end_with_parent() -> None:
+    """A parent that was killed has stopped nothing: its processes would train on for nobody."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def prepare_process(threads: int) -> None:
     """Before anything else in a process that trains."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # A terminal sends Ctrl-C to all processes; this one ends with its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     # What Trainer prints of each model would drown the progress.
@@ -234,7 +270,7 @@ def point(text: str) -> tuple[str, tuple[int, int, int]]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy of recall over bytes of state, for four kinds of models.")
     parser.add_argument("--quick", action="store_true", help="a smaller task, Based and sliding windows only")
-    parser.add_argument("--output", type=Path, help="the CSV (default: results/frontier.csv or quick.csv beside this)")
+    parser.add_argument("--output", type=Path, help="the CSV (default: outputs/recall/frontier.csv or quick.csv)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these (default: all)")
     parser.add_argument(
         "--points", nargs="+", type=point, metavar="KIND:WIDTH:SIZE:VALUES", help="only these, e.g. based:128:16:72"
@@ -244,7 +280,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="models trained at once (default: 8 for each GPU, else 2)")
     parser.add_argument("--steps", type=int, help="of training (default: 3000, or 800 with --quick)")
     parser.add_argument("--batch-size", type=int, help="rows in a batch (default: 256, or 64 with --quick)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or OUTPUTS / ("quick.csv" if args.quick else "frontier.csv")
+    if args.output.suffix != ".csv":
+        parser.error(f"argument --output: {args.output} does not end in .csv: the report beside it is .md and .png")
+    for name in ("processes", "steps", "batch_size"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: {number} is less than 1")
+    if math.isnan(args.budget):
+        parser.error("argument --budget: nan is no number of seconds")
+    for rate in args.learning_rates or ():
+        if not 0 < rate < math.inf:
+            parser.error(f"argument --learning-rates: {rate} is not a number above 0")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,13 +304,18 @@ def main(argv: list[str] | None = None) -> None:
     task = Task(**{**vars(task), **changes})
     if args.points:
         points = {kind: [numbers for other, numbers in args.points if other == kind] for kind in KINDS}
-    points = {kind: of_kind for kind, of_kind in points.items() if kind in (args.kinds or KINDS)}
+    kinds = [kind for kind, of_kind in points.items() if of_kind]
+    points = {kind: points[kind] for kind in kinds if kind in (args.kinds or KINDS)}
+    if not points:
+        sys.exit(f"No model to train: there are points of {', '.join(kinds)}, none of --kinds {' '.join(args.kinds)}.")
     gpus = visible_gpus() or ["cpu"]
     processes = args.processes or (8 * len(gpus) if gpus != ["cpu"] else 2)
     threads = max(1, (os.cpu_count() or 1) // processes)
 
-    table = Table(args.output or HERE / "results" / ("quick.csv" if args.quick else "frontier.csv"), task)
     cells = cells_in_order(points, tuple(args.learning_rates or rates))
+    for cell in cells:
+        check(cell, task)
+    table = Table(args.output, task)
     todo = [cell for cell in cells if cell not in table]
     print(
         f"{len(todo)} models to train, {len(cells) - len(todo)} done before; {processes} at once on "
@@ -270,7 +323,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     slots = [gpus[i % len(gpus)] for i in range(min(processes, len(todo)))]
     sweep = Sweep(todo, task, table, slots, args.budget, threads)
-    sweep.run()
+    try:
+        sweep.run()
+    except KeyboardInterrupt:
+        # So that no row is cut.
+        with table.lock:
+            print(f"Interrupted: the models that were finished are in {table.path}.", file=sys.stderr, flush=True)
+            # Any other end waits for the threads, which wait for the trainings; these end with this process.
+            os._exit(130)
     for cell, reason in sweep.failed:
         print(f"Left out: {cell}: {reason}")
     if table.rows:
