@@ -5,12 +5,15 @@
 
 The interpreter accepts what the compiler refuses: pointers of mixed dtypes, too much shared memory. A stand-in for
 Triton's driver says that there is a GPU, of that compute capability, and launches nothing. Prints a line a kernel: its
-name, and whether it has Hopper's asynchronous products.
+name, whether it has Hopper's asynchronous products, and what of it torch.compile would not find.
 """
 
+import builtins
+import symtable
 import sys
 
 import torch
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -56,10 +59,18 @@ class NoGpu:
             LAUNCHES.append(((grid_x, grid_y, grid_z), args))
 
 
+def names_not_copied(kernel) -> set[str]:
+    """What a kernel and the functions that it calls name, and the text lacks that torch.compile copies of them."""
+    copy = symtable.symtable(user_defined_triton_kernel_transitive_closure_source_code(kernel), "copy", "exec")
+    named = {x.get_name() for function in copy.get_children() for x in function.get_symbols() if x.is_global()}
+    return named - {x.get_name() for x in copy.get_symbols()} - {"tl", "triton", *dir(builtins)}
+
+
 def compiled(key=None, repr=None, fn=None, compile=None, is_manual_warmup=None, already_compiled=None, **more):
     kernel = fn.jit_function.device_caches[0][0][key]
     is_async = "warp_group_dot" in kernel.asm["ttgir"]
-    print(fn.name.rpartition(".")[2], "async" if is_async else "sync", flush=True)
+    missing = ",".join(sorted(names_not_copied(fn.jit_function)))
+    print(fn.name.rpartition(".")[2], "async" if is_async else "sync", missing, flush=True)
 
 
 def assert_same_launches(call):

@@ -58,15 +58,12 @@ def _config(D, dtype):
     if dtype == torch.bfloat16:
         # the interpreter multiplies the bits of bfloat16 as integers
         product = tl.float32 if interpreted() else tl.bfloat16
-        return _Config(P, 16, 16, False, P == 32, product, "tf32", 1 if P == 16 else 4, 3)
+        return _Config(P, 16, 16, False, True, product, "tf32", 1 if P == 16 else 4, 3)
     # fp16 features overflow at |x| = 256: tf32 has the mantissa of fp16 and the range of fp32
     precision = "tf32" if dtype == torch.float16 else "tf32x3"
     return _Config(P, 16, 16, True, P == 32, tl.float32, precision, 1 if P == 16 else 4, 2 if P == 16 else 1)
 
 
-# Tokens that the kernel of partial sums takes at once; with 32 it still does not spill, and has twice as much to do that does
-# not wait on one another. Not timed yet.
-_PARTIAL_BLOCK_C = 16
 # Warps that fit a processor beside one another: they hold 255 registers a lane.
 _WARPS = 8
 # Below this a segment reads and writes more of states than of tokens.
@@ -85,6 +82,12 @@ def _segment_length(B, T, H, blocks_v, num_warps, packed, processors):
     if parts < 3:
         return -(-T // 64) * 64
     return max(-(-T // (parts * 64)) * 64, _SHORTEST_SEGMENT)
+
+
+def _long_chunk(config):
+    """Tokens that the kernels take at once that hold less than the others, partial sums and the gradient of value: twice
+    as many where they fit, with twice as much to do that does not wait on one another."""
+    return config.BLOCK_C if config.num_warps > 1 or config.ROLL_BY_GATHER else 32
 
 
 def _slope_tiles(V, config):
@@ -196,7 +199,7 @@ class _Plan:
             self.grid,
             (y, b, self.mask, self.or_absent(e), slots, *self.tables),
             (*self.numbers, *_strides(y), *_strides(b)),
-            partial(self.constants, BLOCK_C=_PARTIAL_BLOCK_C, EDGE=edge, GRADIENT=gradient),
+            partial(self.constants, BLOCK_C=_long_chunk(self.fixed.config), EDGE=edge, GRADIENT=gradient),
         )
         return slots
 
@@ -224,6 +227,7 @@ class _Plan:
         )
 
     def sum(self, x, y, b, initial, slots, out, z, final, *, reverse):
+        config = self.fixed.config
         has_initial, has_final = initial is not None, final is not None
         launch(
             taylor_attention_sum_kernel,
@@ -242,7 +246,13 @@ class _Plan:
                 *self.tables,
             ),
             (*self.numbers, *_strides(x), *_strides(y), *_strides(b)),
-            partial(self.constants, HAS_INIT=has_initial, HAS_FINAL=has_final, REVERSE=reverse),
+            partial(
+                self.constants,
+                BLOCK_C=_long_chunk(config) if reverse else config.BLOCK_C,
+                HAS_INIT=has_initial,
+                HAS_FINAL=has_final,
+                REVERSE=reverse,
+            ),
         )
 
     def slope(self, x, y, a, b, e, initial, slots, final, *, reverse):

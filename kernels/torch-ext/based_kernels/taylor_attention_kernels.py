@@ -33,6 +33,7 @@ from .taylor_features import (
     normaliser,
     normaliser_slope,
     num_tiles,
+    reader_features,
     rolled,
     source_features,
     store_moment,
@@ -93,8 +94,8 @@ def _grow_rest(
 ):
     """The tiles from P / 2 on of a state [BLOCK_V, P] that takes in a chunk, after those in b_next."""
     for r in tl.static_range(P // 2, num_tiles(D, P)):
-        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
-        b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
+        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, True, True, ROLL_BY_GATHER, DTYPE, PRECISION)
+        b_next = b_next + (tl.dot(b_bt, b_f, b_s[r], input_precision=PRECISION),)
     return b_next
 
 
@@ -183,7 +184,7 @@ def taylor_attention_sum_kernel(
     b_s = ()
     for r in tl.static_range(num_tiles(D, P)):
         # [BLOCK_V, P]
-        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, False),)
+        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, False, True),)
     if not REVERSE:
         # [P, P], [BLOCK_C, P] and a number
         b_m, b_n, count = load_moment(p_state + V * F_PAD, m_state, scale, sqrt_scale, D, P, BLOCK_C, False)
@@ -215,28 +216,20 @@ def taylor_attention_sum_kernel(
         b_next = ()
         for r in tl.static_range(P // 2):
             # [BLOCK_C, P]
-            b_f = b_x
-            if r > 0:
-                if ROLL_BY_GATHER:
-                    b_f = rolled(b_x, r, P, 1)
-                else:
-                    b_f = tl.dot(b_x, b_roll[r], input_precision=PRECISION).to(DTYPE)
+            b_f = reader_features(r, b_x, b_roll, P, ROLL_BY_GATHER, PRECISION)
             b_sf = b_s[r]
             if D < P:
-                b_sf = b_sf * coef_columns(r, scale, D, P)[None, :]
-            b_o = tl.dot(b_f * b_x, tl.trans(b_sf).to(DTYPE), b_o, input_precision=PRECISION)
-            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
-            b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
+                b_sf = b_sf * coef_columns(r, scale, D, P, True)[None, :]
+            b_o = tl.dot(b_f, tl.trans(b_sf).to(DTYPE), b_o, input_precision=PRECISION)
+            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, True, True, ROLL_BY_GATHER, DTYPE, PRECISION)
+            b_next = b_next + (tl.dot(b_bt, b_f, b_s[r], input_precision=PRECISION),)
         if D == P:
             b_o *= scale
             b_o = tl.dot(b_x, tl.trans(b_s[P // 2 + 1]).to(DTYPE), b_o, input_precision=PRECISION)
             b_o *= scale
-        if ROLL_BY_GATHER:
-            b_f = rolled(b_x, P // 2, P, 1)
-        else:
-            b_f = tl.dot(b_x, b_roll[P // 2], input_precision=PRECISION).to(DTYPE)
-        b_f = half_roll(b_f * b_x, o_d, D, P, DTYPE, False)
-        b_sf = b_s[P // 2] * coef_columns(P // 2, scale, D, P)[None, :]
+        b_f = reader_features(P // 2, b_x, b_roll, P, ROLL_BY_GATHER, PRECISION)
+        b_f = half_roll(b_f, o_d, D, P, DTYPE, False)
+        b_sf = b_s[P // 2] * coef_columns(P // 2, scale, D, P, True)[None, :]
         b_o = tl.dot(b_f, tl.trans(b_sf).to(DTYPE), b_o, input_precision=PRECISION)
         if not WIDE_LAST:
             b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
@@ -303,8 +296,8 @@ def _grow_slope(
     b_next = ()
     for r in tl.static_range(FIRST, END):
         # [P, BLOCK_C]
-        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
-        b_next = b_next + (tl.dot(b_f.to(DTYPE), b_b, b_s[r - FIRST], input_precision=PRECISION),)
+        b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, False, False, ROLL_BY_GATHER, DTYPE, PRECISION)
+        b_next = b_next + (tl.dot(b_f, b_b, b_s[r - FIRST], input_precision=PRECISION),)
     return b_next
 
 
@@ -393,7 +386,7 @@ def _slope_of_tiles(
     b_s = ()
     for r in tl.static_range(FIRST, END):
         # [P, BLOCK_V]
-        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, True),)
+        b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, True, False),)
     if IS_LAST:
         # [P, P], [BLOCK_C, P] and a number
         p_row = p_state + V * F_PAD
@@ -431,7 +424,7 @@ def _slope_of_tiles(
                 # [BLOCK_C, P]
                 b_dphi = tl.dot(b_a, tl.trans(b_s[r - FIRST]).to(DTYPE), input_precision=PRECISION)
                 if D < P:
-                    b_dphi *= coef_columns(r, scale, D, P)[None, :]
+                    b_dphi *= coef_columns(r, scale, D, P, False)[None, :]
                 if r == P // 2:
                     b_dphi = tl.where((o_d < P // 2)[None, :], b_dphi, 0.0)
                 if r == 0:
@@ -707,8 +700,8 @@ def taylor_attention_partial_kernel(
         b_bt = tl.load(p_b + i_t * stride_bt * 8 + r_bt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(DTYPE)
         b_next = ()
         for r in tl.static_range(P // 2):
-            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
-            b_next = b_next + (tl.dot(b_bt, tl.trans(b_f).to(DTYPE), b_s[r], input_precision=PRECISION),)
+            b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, True, True, ROLL_BY_GATHER, DTYPE, PRECISION)
+            b_next = b_next + (tl.dot(b_bt, b_f, b_s[r], input_precision=PRECISION),)
         if not WIDE_LAST:
             b_s = _grow_rest(b_next, b_s, b_bt, b_yt, b_y32, b_rollt, o_d, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
         # [BLOCK_C]: what a token counts for in the normaliser

@@ -4,10 +4,11 @@
 Layout in memory (public):  state [V + 1, F_PAD] fp32 per head, pairs (a <= b) in torch.triu_indices(D + 1, D + 1) order,
                             row v < V for the values, row V for the normaliser.
 Layout in a kernel:         x [BLOCK_C, P] the tokens' entries, P = 16 or 32. If D < P, entry D is the constant 1; if D = P,
-                            the constant has no place in x. Features come in tiles of P columns, one a roll:
-                            tile r < P / 2   x_a x_(a + r mod P)
-                            tile P / 2       the same for a < P / 2, and, if D = P, the constant 1 in column P / 2
-                            the last tile    x_a, if D = P
+                            the constant has no place in x. Features come in tiles of P columns, one a distance r
+                            between their entries, column c of x_a x_(a + r mod P) with a = c + first_roll(r) mod P:
+                            tile r < P / 2   all of them
+                            tile P / 2       those with c < P / 2, and, if D = P, the constant 1 in column P / 2
+                            the last tile    x_c, if D = P
                             The state of the values is a tuple of tiles [BLOCK_V, P] or [P, BLOCK_V]; the normaliser the
                             moment sum y y^T [P, P] and, if D = P, the sum of y (in every row of a [BLOCK_C, P]) and a count.
 
@@ -16,6 +17,8 @@ Maths:  w(q, k) = 1 + s + s^2 / 2 = sum_f coef_f half_f phi_f(q) phi_f(k),  half
         public state = sum unit_f phi_f(k) v,  unit = scale, sqrt(scale), 1; its gradient carries the inverse unit.
 
 In bf16 a roll is a product with a permutation matrix: exact, and on the tensor cores. In fp32 it is a gather within a warp.
+With SHARE_ROLLS the factors of all tiles are few rolls of x, whose differences are all distances: 4 in place of 8 if P is
+16, 6 in place of 16 if P is 32. Without it a tile has a roll of its own, which is less where a program has few tiles.
 """
 
 # ruff: noqa: E501, RUF005
@@ -23,6 +26,14 @@ In bf16 a roll is a product with a permutation matrix: exact, and on the tensor 
 
 import triton
 import triton.language as tl
+
+
+@triton.constexpr_function
+def first_roll(r, P, SHARE_ROLLS):
+    """By how much the first factor of tile r = 0 .. P / 2 is rolled; the second is rolled by r more."""
+    # All that torch.compile copies of a constant function is its own text. Rolls by 1, 2, 5, 8 and 1, 2, 3, 8, 12, 16.
+    rolls = (0, 0, 0, 2, 1, 0, 2, 1, 0) if P == 16 else (0, 0, 0, 0, 8, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0)
+    return rolls[r] if SHARE_ROLLS else 0
 
 
 @triton.jit
@@ -98,7 +109,7 @@ def num_tiles(D, P):
 
 
 @triton.jit
-def coef_columns(r: tl.constexpr, scale, D: tl.constexpr, P: tl.constexpr):
+def coef_columns(r: tl.constexpr, scale, D: tl.constexpr, P: tl.constexpr, SHARE_ROLLS: tl.constexpr):
     """Coefficients [P] of tile r."""
     o_d = tl.arange(0, P)
     if D == P:
@@ -109,7 +120,8 @@ def coef_columns(r: tl.constexpr, scale, D: tl.constexpr, P: tl.constexpr):
         else:
             return tl.where(o_d < P, scale, 1.0)
     else:
-        b_coef = tl.where(o_d < D, scale, 1.0) * tl.where((o_d + r) % P < D, scale, 1.0)
+        a = (o_d + first_roll(r, P, SHARE_ROLLS)) % P
+        b_coef = tl.where(a < D, scale, 1.0) * tl.where((a + r) % P < D, scale, 1.0)
         if r == 0:
             # the constant times itself is halved as the squares are
             b_coef = tl.where(o_d == D, 2.0, b_coef)
@@ -117,9 +129,11 @@ def coef_columns(r: tl.constexpr, scale, D: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _pair(r: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+def _pair(r: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SHARE_ROLLS: tl.constexpr):
     """The entries (a, b) of each column of tile r, D for the constant; a = -1 where there is no feature."""
     a = tl.arange(0, P)
+    if r < P // 2:
+        a = (a + first_roll(r, P, SHARE_ROLLS)) % P
     b = (a + r) % P
     if D == P:
         if r == P // 2:
@@ -171,9 +185,10 @@ def load_state(
     F_PAD: tl.constexpr,
     GRADIENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SHARE_ROLLS: tl.constexpr,
 ):
     """Tile r of the values' state: [BLOCK_V, P], or [P, BLOCK_V] with TRANSPOSED; 0 from row `rows` on."""
-    a, b = _pair(r, D, P)
+    a, b = _pair(r, D, P, SHARE_ROLLS)
     o_f = feature_column(a, b, D)
     factor = 1.0 / _public_factor(r, a, b, scale, sqrt_scale, D, P, GRADIENT)
     if TRANSPOSED:
@@ -197,9 +212,9 @@ def store_state(
     F_PAD: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """All tiles [BLOCK_V, P] of the values' state; the padding columns are written too, as 0."""
+    """All tiles [BLOCK_V, P] of the values' state, with SHARE_ROLLS; the padding columns are written too, as 0."""
     for r in tl.static_range(num_tiles(D, P)):
-        a, b = _pair(r, D, P)
+        a, b = _pair(r, D, P, True)
         factor = _public_factor(r, a, b, scale, sqrt_scale, D, P, GRADIENT)
         m_vf = (o_v < rows)[:, None] & (a >= 0)[None, :]
         tl.store(p_state + o_v[:, None] * F_PAD + feature_column(a, b, D)[None, :], b_s[r] * factor[None, :], mask=m_vf)
@@ -304,6 +319,43 @@ def columns(b_yt, b_rollt, ROLL_BY_GATHER: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
+def _roll_columns(
+    b_yt, b_y32, b_rollt, r: tl.constexpr, P: tl.constexpr, ROLL_BY_GATHER: tl.constexpr, PRECISION: tl.constexpr
+):
+    """y^T rolled by r, as `columns` gives y^T."""
+    if r == 0:
+        return b_y32
+    elif ROLL_BY_GATHER:
+        return rolled(b_yt, r, P, 0)
+    else:
+        return tl.dot(b_rollt[r], b_yt, input_precision=PRECISION)
+
+
+@triton.jit
+def _factor(b_x, SWAP: tl.constexpr, DTYPE: tl.constexpr):
+    # A swap of 16-bit entries would go through shared memory.
+    if SWAP:
+        b_x = tl.trans(b_x)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def _product(b_x, b_y, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        # x * y + -0. LLVM would pair the factors up anew, and take apart the pairs that they are in.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [b_x, b_y],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return b_x * b_y
+
+
+@triton.jit
 def source_features(
     r: tl.constexpr,
     b_yt,
@@ -312,23 +364,48 @@ def source_features(
     o_d,
     D: tl.constexpr,
     P: tl.constexpr,
+    SHARE_ROLLS: tl.constexpr,
+    SWAP: tl.constexpr,
     ROLL_BY_GATHER: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tile r of half phi(y), transposed: [P, BLOCK_C] in fp32. b_yt is y^T, b_y32 its `columns`, b_rollt from
+    """Tile r of half phi(y): [BLOCK_C, P] with SWAP, else [P, BLOCK_C]. b_yt is y^T, b_y32 its `columns`, b_rollt from
     load_rolls(TRANSPOSED)."""
     if r > P // 2:
-        b_f = b_y32
-    elif r == 0:
-        b_f = b_y32 * (b_y32 * 0.5)
-    elif ROLL_BY_GATHER:
-        b_f = rolled(b_yt, r, P, 0) * b_y32
+        return _factor(b_y32, SWAP, DTYPE)
     else:
-        b_f = tl.dot(b_rollt[r], b_yt, input_precision=PRECISION) * b_y32
-    if r == P // 2:
-        b_f = half_roll(b_f, o_d, D, P, tl.float32, True)
-    return b_f
+        FIRST: tl.constexpr = first_roll(r, P, SHARE_ROLLS)
+        b_f = _roll_columns(b_yt, b_y32, b_rollt, FIRST, P, ROLL_BY_GATHER, PRECISION)
+        if r == 0:
+            b_g = b_y32 * 0.5
+        else:
+            b_g = _roll_columns(b_yt, b_y32, b_rollt, FIRST + r, P, ROLL_BY_GATHER, PRECISION)
+        b_f = _product(_factor(b_f, SWAP, DTYPE), _factor(b_g, SWAP, DTYPE), DTYPE)
+        if r == P // 2:
+            b_f = half_roll(b_f, o_d, D, P, DTYPE, not SWAP)
+        return b_f
+
+
+@triton.jit
+def _roll_rows(b_x, b_roll, r: tl.constexpr, P: tl.constexpr, ROLL_BY_GATHER: tl.constexpr, PRECISION: tl.constexpr):
+    """x rolled by r."""
+    if r == 0:
+        return b_x
+    elif ROLL_BY_GATHER:
+        return rolled(b_x, r, P, 1)
+    else:
+        return tl.dot(b_x, b_roll[r], input_precision=PRECISION).to(b_x.dtype)
+
+
+@triton.jit
+def reader_features(
+    r: tl.constexpr, b_x, b_roll, P: tl.constexpr, ROLL_BY_GATHER: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The products [BLOCK_C, P] of tile r <= P / 2 of phi(x), with SHARE_ROLLS; b_roll from load_rolls."""
+    FIRST: tl.constexpr = first_roll(r, P, True)
+    b_f = _roll_rows(b_x, b_roll, FIRST, P, ROLL_BY_GATHER, PRECISION)
+    return _roll_rows(b_x, b_roll, FIRST + r, P, ROLL_BY_GATHER, PRECISION) * b_f
 
 
 @triton.jit
