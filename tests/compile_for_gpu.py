@@ -5,7 +5,8 @@
 
 The interpreter accepts what the compiler refuses: pointers of mixed dtypes, too much shared memory. A stand-in for
 Triton's driver says that there is a GPU, of that compute capability, and launches nothing. Prints a line a kernel: its
-name, whether it has Hopper's asynchronous products, and what of it torch.compile would not find.
+name, whether it has Hopper's asynchronous products, whether operands of its products are laid out for bytes, and what
+of it torch.compile would not find.
 """
 
 import builtins
@@ -68,9 +69,15 @@ def names_not_copied(kernel) -> set[str]:
 
 def compiled(key=None, repr=None, fn=None, compile=None, is_manual_warmup=None, already_compiled=None, **more):
     kernel = fn.jit_function.device_caches[0][0][key]
-    is_async = "warp_group_dot" in kernel.asm["ttgir"]
+    is_async, is_of_bytes = (text in kernel.asm["ttgir"] for text in ("warp_group_dot", "kWidth = 4"))
     missing = ",".join(sorted(names_not_copied(fn.jit_function)))
-    print(fn.name.rpartition(".")[2], "async" if is_async else "sync", missing, flush=True)
+    print(
+        fn.name.rpartition(".")[2],
+        "async" if is_async else "sync",
+        "bytes" if is_of_bytes else "words",
+        missing,
+        flush=True,
+    )
 
 
 def assert_same_launches(call):

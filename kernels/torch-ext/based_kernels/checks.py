@@ -54,6 +54,12 @@ def vector_rows(x):
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+def wide_mask(mask):
+    """A mask that no kernel loads as bytes. Triton lays out the operands of a product for the narrowest type that is
+    loaded on the way to them, and bytes among 16-bit operands cost up to twice the instructions."""
+    return mask.to(torch.int16) if mask is not None and mask.element_size() == 1 else mask
+
+
 def rows_of(x):
     """x as [N, C] with a contiguous last dimension: a view where there is one, a copy elsewhere."""
     return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])

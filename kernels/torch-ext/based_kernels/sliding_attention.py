@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_sliding_inputs, device_guard, interpreted, refuse_second_order, vector_rows
+from .checks import check_sliding_inputs, device_guard, interpreted, refuse_second_order, vector_rows, wide_mask
 from .launch import launch
 from .sliding_attention_kernels import (
     sliding_attention_bwd_key_kernel,
@@ -236,7 +236,9 @@ def sliding_attention(
     """
     scale = check_sliding_inputs(query, key, value, cos, sin, window, scale, mask, document_ids, past_keys, past_values)
     cos, sin = (x if x.stride(2) == 1 else x.contiguous() for x in (cos, sin))
-    mask, document_ids = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (mask, document_ids))
+    mask, document_ids = (
+        x if x is None or x.stride(1) == 1 else x.contiguous() for x in (wide_mask(mask), document_ids)
+    )
     return _SlidingAttention.apply(
         query, key, value, past_keys, past_values, cos, sin, mask, document_ids, window, scale
     )

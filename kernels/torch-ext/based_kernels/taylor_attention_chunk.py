@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_sequence_inputs, common_unit, device_guard, feature_count, interpreted, vector_rows
+from .checks import check_sequence_inputs, common_unit, device_guard, feature_count, interpreted, vector_rows, wide_mask
 from .launch import launch
 from .segments import cut, cut_table
 from .taylor_attention_kernels import (
@@ -449,7 +449,7 @@ def taylor_attention(
     """
     scale = check_sequence_inputs(query, key, value, scale, mask, cu_seqlens, initial_state)
     if mask is not None:
-        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+        mask = wide_mask(mask if mask.dtype == torch.bool else mask != 0).contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     if initial_state is not None:
