@@ -48,11 +48,12 @@ def test_every_key_is_asked_once_for_its_value(setting):
 
 def test_the_task_is_that_of_the_papers():
     task = training.Task()
-    assert (task.vocab_size, task.length) == (8192, 1024)
+    assert (task.vocab_size, task.length, task.steps) == (8192, 1024, 24_000)
     train = [(setting.length, setting.pairs, setting.share) for setting in task.train]
     assert train == [(64, 4, 5), (128, 8, 1), (256, 16, 1), (256, 32, 1), (256, 64, 1)]
     test = [(setting.length, setting.pairs) for setting in task.test]
     assert test == [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+    assert max(setting.pairs for setting in task.train) == report.TRAINED_PAIRS
 
 
 def test_what_lies_between_is_random():
@@ -223,6 +224,15 @@ def test_based_learns_to_recall_and_a_window_does_not():
     assert based.keys() == window.keys()
 
 
+def test_a_training_tells_each_tenth(capfd):
+    setting = (Setting(8, 1),)
+    task = training.Task(train=setting, test=setting, vocab_size=8, steps=20, batch_size=1, test_rows=1)
+    cell = Cell("based", 8, 4, 0, 1e-2)
+    training.train(cell, task, "cpu")
+    told = re.findall(r"^\[(.*)\] step (\d+) of 20, loss \d+\.\d\d$", capfd.readouterr().err, re.M)
+    assert told == [(str(cell), str(step)) for step in range(2, 21, 2)]
+
+
 @pytest.fixture
 def sweep(monkeypatch, tmp_path):
     """Runs the program with trainings that take no time: accuracy is the learning rate; these cells fail or end."""
@@ -247,7 +257,7 @@ def sweep(monkeypatch, tmp_path):
 
 def test_a_run_goes_on_where_it_ended(sweep, tmp_path, capsys):
     first, second, third = [], [], []
-    with pytest.raises(SystemExit, match="Some models failed"):
+    with pytest.raises(SystemExit, match="Some trainings failed"):
         sweep(fails=[16], trained=first)
     output = capsys.readouterr().out
     assert len(first) == 5
@@ -437,6 +447,17 @@ def test_a_damaged_row_is_named(sweep, tmp_path, damage, reason):
     assert len(trained) == 1
 
 
+def test_defaults_are_those_of_the_committed_table(capsys):
+    assert run.LEARNING_RATES == (3e-3, 1e-3, 1e-2)
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.003 0.001 0.01; 0.003 with --quick)" in text
+    assert "(default: 24000, or 800 with --quick)" in text
+    (steps,) = {row["steps"] for row in report.read_rows(ROOT / "examples" / "recall" / "results" / "frontier.csv")}
+    assert steps == training.Task().steps
+
+
 def test_most_telling_first():
     cells = run.cells_in_order(run.POINTS, run.LEARNING_RATES)
     assert len({*cells}) == len(cells)
@@ -448,8 +469,12 @@ def test_most_telling_first():
 
 def test_one_command_trains_in_processes_and_reports(tmp_path):
     options = ("--kinds", "based", "--steps", "2", "--batch-size", "2", "--processes", "2")
-    output = run_python("examples/recall/run.py", "--quick", "--output", tmp_path / "quick.csv", *options).stdout
-    assert "2 models to train, 0 done before; 2 at once on cpu." in output
+    process = run_python("examples/recall/run.py", "--quick", "--output", tmp_path / "quick.csv", *options)
+    output = process.stdout
+    assert "2 trainings to do, 0 done before; 2 at once on cpu." in output
+    for size in (8, 16):
+        told = rf"^\[based width 64 size {size} lr 0.003\] step ([12]) of 2, loss \d"
+        assert re.findall(told, process.stderr, re.M) == ["1", "2"]
     assert (
         len(re.findall(r"^\[ *\d+ s\] [12]/2 based width 64 size (?:8|16) lr 0.003: accuracy 0.0", output, re.M)) == 2
     )
@@ -519,7 +544,7 @@ def test_nothing_trains_on_without_the_program(tmp_path, how):
         assert parent.returncode == 130
         assert "FAILED" not in output
         assert "Traceback" not in errors
-        assert f"Interrupted: the models that were finished are in {tmp_path / 'quick.csv'}.\n" in errors
+        assert f"Interrupted: the trainings that were finished are in {tmp_path / 'quick.csv'}.\n" in errors
 
 
 def rows_of(*points):
@@ -530,18 +555,27 @@ def rows_of(*points):
     return [{**row, "size": row["state_bytes"], "accuracy_4": row["accuracy"]} for row in rows]
 
 
+def learned(rows):
+    """With all right on the easiest test."""
+    return [{**row, "accuracy_4": 1.0} for row in rows]
+
+
 def test_report_says_who_is_above(tmp_path):
-    rows = rows_of(
-        ("based", 1000, 0.5, 1e-3),
-        ("based", 1000, 0.8, 1e-2),
-        ("based", 4000, 0.98, 1e-2),
-        ("based", 5000, 0.7, 1e-2),
+    rows = learned(
+        rows_of(
+            ("based", 1000, 0.5, 1e-3),
+            ("based", 1000, 0.8, 1e-2),
+            ("based", 4000, 0.98, 1e-2),
+            ("based", 5000, 0.7, 1e-2),
+        )
+    ) + rows_of(
         ("mamba", 500, 0.1, 1e-2),
         ("mamba", 1500, 0.6, 1e-2),
         ("mamba", 4500, 0.99, 1e-2),
         ("sliding_window", 3999, 0.7, 1e-2),
     )
     text = report.document(tmp_path / "some.csv", rows)
+    assert "\n8 trainings of 7 models, 3 steps of 4 rows; " in text
     assert "Based with 4,000 bytes (0.980) is below Mamba with 4,500 (0.990" in text
     assert "Based with 1,000 bytes (0.800) is above sliding window with 3,999 (0.700" in text
     assert "Mamba of width 64 has not learned the task in 3 steps (0.600 with 4 pairs)" in text
@@ -556,6 +590,36 @@ def test_report_says_who_is_above(tmp_path):
     assert "No Based model here reaches 0.97; the best has 0.500" in none
 
 
+def test_report_gives_no_verdict_on_a_based_that_has_not_learned(tmp_path):
+    rows = rows_of(("based", 1000, 0.3, 1e-2), ("sliding_window", 1500, 0.4, 1e-2))
+    text = report.document(tmp_path / "some.csv", rows)
+    assert (
+        "Based with 1,000 bytes has not learned the task yet in 3 steps (0.300 with 4 pairs): no verdict on sliding "
+        "window with 1,500 (0.400; width 64, window 1500)." in text
+    )
+    assert not re.search("is (above|below|level)", text)
+    assert "is below sliding window" in report.document(tmp_path / "some.csv", learned(rows))
+
+
+def test_report_says_what_was_lost_beyond_the_lengths_of_the_training(tmp_path):
+    def text_of(*accuracies):
+        rows = learned(rows_of(("based", 1000, 0.8, 1e-2), ("attention", 1500, 0.7, 1e-2)))
+        for row, (trained, longer, longest) in zip(rows, ((1.0, 0.75, 0.5), accuracies)):
+            row |= {"accuracy_64": trained, "accuracy_128": longer, "accuracy_256": longest}
+        return report.document(tmp_path / "some.csv", rows)
+
+    start, end = (
+        "is above attention (Llama) with 1,500 (0.700; width 64, tokens 1500)",
+        "where Based has 0.750 and 0.500.",
+    )
+    said = "up to 64 pairs, the lengths trained on, and 0.953 and 0.102 beyond"
+    assert f"{start}: it has 1.000 {said}, {end}" in text_of(1.0, 0.953, 0.102)
+    assert f"{start}: it has 0.977 or more {said}, {end}" in text_of(0.977, 0.953, 0.102)
+    # Not learned there either, or lost nowhere.
+    for accuracies in ((0.5, 0.4, 0.1), (1.0, 0.98, 0.95)):
+        assert f"{start}.\n" in text_of(*accuracies)
+
+
 def test_dials_agree_with_the_benchmark(tmp_path):
     """The state that is computed for the released settings is what benchmark_generation.py measured, its limit too."""
     rows = rows_of(("based", 1000, 0.8, 1e-2), ("sliding_window", 3999, 0.7, 1e-2))
@@ -567,13 +631,35 @@ def test_dials_agree_with_the_benchmark(tmp_path):
             measured = [x for x in generation["models"] if (x["shape"], x["model"]) == (cell["shape"], "based")]
             pattern = rf"^\| 16 \| 65 \| {measured[0]['bytes_per_sequence']:,} \|.* {cell['limit_ms']:.2f} \|"
             assert re.search(pattern, text, re.M), cell
-            assert f"{cell['tokens_per_second']:,.0f} tokens/s at batch {cell['batch']:,}" in text
+            measured_ms = f"{1e3 * cell['batch'] / cell['tokens_per_second']:.2f}"
+            least = f"{cell['limit_ms']:.2f}"
+            line = f"| {cell['batch']:,} | {cell['tokens_per_second']:,.0f} | {measured_ms} | {least} |"
+            assert line in text
+    assert "A step takes 2.4 (batch 1) and 1.6 (batch 1,024) times the least." in text
+    # Behind 16 rows: what the benchmark counts less the weights.
+    weights = 1e3 * generation["models"][0]["weight_bytes"] / generation["copy_bytes_per_second"]
+    (cell,) = [x for x in generation["cells"] if (x["model"], x["batch"]) == ("based", 16)]
+    assert f"| {cell['limit_ms']:.2f} | {1 - weights / cell['limit_ms']:.0%} |" in text
     # 25 * 26 / 2 features in place of 17 * 18 / 2, each rounded up to a multiple of 8.
     sizes = [dial.state_parts(dial.BasedConfig(linear_feature_dim=size)) for size in (16, 24)]
     assert sizes[1]["linear_attention"] / sizes[0]["linear_attention"] == 328 / 160
     generation["models"][0]["bytes_per_sequence"] += 1
     with pytest.raises(SystemExit, match="not the released setting"):
         dial.document(rows, generation)
+
+
+def test_dials_say_what_the_feature_dim_brings():
+    generation = json.loads((ROOT / "examples" / "results" / "generation.json").read_text())
+    rows = rows_of(("based", 1000, 0.5, 1e-2), ("based", 3000, 0.75, 1e-2), ("based", 6000, 0.76, 1e-2))
+    rows = [{**row, "width": 128, "size": size} for row, size in zip(rows, (8, 16, 24))]
+    said = (
+        "At width 128, with values of the width, accuracy is 0.500 with D = 8, 0.750 with D = 16, 0.760 with D = 24: "
+        "+0.250 for 3.0 times the bytes and +0.010 for 2.0 times the bytes.\n"
+    )
+    assert said in dial.document(rows, generation)
+    for others in (rows[:2], [*rows[:2], {**rows[2], "value_dim": 72}], [*rows[:2], {**rows[2], "width": 64}]):
+        assert "At width 128" not in dial.document(others, generation)
+    assert "(D + 1)(D + 2) / 2, rounded up to a multiple of 8" in dial.document(rows, generation)
 
 
 def write_rows(path):

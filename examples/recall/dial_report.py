@@ -11,6 +11,7 @@ cache holds them, and the limit of a step, the bytes that it moves over the band
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from frontier_report import best_rows, read_rows
@@ -88,21 +89,66 @@ def recall_part(rows: list[dict]) -> list[str]:
     return lines
 
 
+def finding(rows: list[dict]) -> list[str]:
+    """What the feature dim brings at width 128 with values of the width, where all of `FEATURE_DIMS` were trained."""
+    of_dim = {
+        row["size"]: row
+        for row in best_rows(rows)
+        if (row["kind"], row["width"], row["value_dim"]) == ("based", 128, 0) and row["size"] in FEATURE_DIMS
+    }
+    if len(of_dim) < len(FEATURE_DIMS):
+        return []
+    points = [of_dim[size] for size in FEATURE_DIMS]
+    text = ", ".join(f"{row['accuracy']:.3f} with D = {row['size']}" for row in points)
+    steps = " and ".join(
+        f"{after['accuracy'] - before['accuracy']:+.3f} for {after['state_bytes'] / before['state_bytes']:.1f} times "
+        "the bytes"
+        for before, after in pairwise(points)
+    )
+    return ["", f"At width 128, with values of the width, accuracy is {text}: {steps}."]
+
+
 def speed_part(generation: dict, shape: str) -> list[str]:
-    """The released setting as measured, and the limit of others beside it."""
+    """The released setting as measured beside its limit, and the limits of others."""
     cells = [cell for cell in generation["cells"] if cell["shape"] == shape and cell["model"] == "based"]
     (model,) = [x for x in generation["models"] if x["shape"] == shape and x["model"] == "based"]
     released = BasedConfig(**SHAPES[shape])
-    if sum(state_parts(released).values()) != model["bytes_per_sequence"]:
+    released_parts = state_parts(released)
+    if sum(released_parts.values()) != model["bytes_per_sequence"]:
         sys.exit(f"generation.json has {model['bytes_per_sequence']:,} bytes for {shape}: not the released setting.")
     cells = sorted(cells, key=lambda cell: cell["batch"])
+
+    def least_ms(parts: dict[str, int], batch: int) -> float:
+        return 1e3 * (model["weight_bytes"] + batch * moved(parts)) / generation["copy_bytes_per_second"]
+
+    def measured_ms(cell: dict) -> float:
+        return 1e3 * cell["batch"] / cell["tokens_per_second"]
+
+    def of_state(batch: int) -> float:
+        state = batch * moved(released_parts)
+        return state / (model["weight_bytes"] + state)
+
     columns = " | ".join(f"least ms a step, batch {cell['batch']:,}" for cell in cells)
+    ends = [cells[0], cells[-1]] if len(cells) > 1 else cells
+    times = [f"{measured_ms(x) / least_ms(released_parts, x['batch']):.1f} (batch {x['batch']:,})" for x in ends]
     lines = [
         f"### {shape}",
         "",
-        f"Measured, feature dim {released.linear_feature_dim} and window {released.sliding_window}: "
-        + ", ".join(f"{cell['tokens_per_second']:,.0f} tokens/s at batch {cell['batch']:,}" for cell in cells)
-        + ".",
+        f"Feature dim {released.linear_feature_dim} and window {released.sliding_window}, the released setting, "
+        "as measured:",
+        "",
+        "| batch | tokens/s | ms a step, measured | least ms a step | states, of its bytes |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {cell['batch']:,} | {cell['tokens_per_second']:,.0f} | {measured_ms(cell):.2f} | "
+            f"{least_ms(released_parts, cell['batch']):.2f} | {of_state(cell['batch']):.0%} |"
+            for cell in cells
+        ),
+        "",
+        f"A step takes {' and '.join(times)} times the least. Of the least, the dials move the part that is states; "
+        "what a step takes beyond it was measured for this setting alone.",
+        "",
+        "The least of other settings, computed:",
         "",
         f"| feature dim | window | state, bytes | of it linear | {columns} |",
         "|---:|---:|---:|---:" + "|---:" * len(cells) + "|",
@@ -112,13 +158,9 @@ def speed_part(generation: dict, shape: str) -> list[str]:
     for size, window in settings:
         parts = state_parts(BasedConfig(**SHAPES[shape], linear_feature_dim=size, sliding_window=window))
         total = sum(parts.values())
-        limits = (
-            1e3 * (model["weight_bytes"] + cell["batch"] * moved(parts)) / generation["copy_bytes_per_second"]
-            for cell in cells
-        )
         lines.append(
             f"| {size} | {window:,} | {total:,} | {parts['linear_attention'] / total:.0%} | "
-            + " | ".join(f"{x:.2f}" for x in limits)
+            + " | ".join(f"{least_ms(parts, cell['batch']):.2f}" for cell in cells)
             + " |"
         )
     return lines
@@ -131,9 +173,9 @@ def document(rows: list[dict], generation: dict) -> str:
         "# Dialling the state",
         "",
         "A Based model has two dials. `linear_feature_dim` D sets how many keys the linear layers can tell apart: "
-        "their state grows with (D + 1)(D + 2) / 2, for each entry of a value. `sliding_window` W sets how far back "
-        "the attention sees exactly: its keys and values grow with W. Neither grows with the text. Both are set in "
-        "`BasedConfig` before training.",
+        "their state grows with (D + 1)(D + 2) / 2, rounded up to a multiple of 8, for each entry of a value. "
+        "`sliding_window` W sets how far back the attention sees exactly: its keys and values grow with W. Neither "
+        "grows with the text. Both are set in `BasedConfig` before training.",
         "",
         "![recall and least time of a step over the state](dial.png)",
         "",
@@ -142,14 +184,14 @@ def document(rows: list[dict], generation: dict) -> str:
         f"Two-layer models on MQAR ({machines}; [frontier.md](frontier.md)): a short convolution, then the one mixer.",
         "",
         *recall_part(rows),
+        *finding(rows),
         "",
         "## Speed",
         "",
         f"Decoding of the released shapes ({generation['device']}, {generation['dtype']}, "
         "[generation.md](../../results/generation.md)). The least time of a step is computed: weights, and what a step "
         "moves of the states of the batch, over the measured bandwidth of "
-        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s. At small batches the weights decide and the dials are "
-        "all but free; at large ones the state does.",
+        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s.",
     ]
     for shape in shapes:
         lines += ["", *speed_part(generation, shape)]

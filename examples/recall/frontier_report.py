@@ -41,6 +41,8 @@ PAPER = {
 TARGET_ACCURACY, TARGET_BYTES = 0.97, 15.7
 # Attention holds every token of the easiest test and Mamba could: who answers it worse has not been trained enough.
 LEARNED = 0.9
+# The most in a training on the whole task (mqar.TRAIN); tests with more are longer than any text of the training.
+TRAINED_PAIRS = 64
 
 
 def read_value(name: str, text: str) -> str | int | float:
@@ -154,6 +156,21 @@ def table(points: list[dict], rows: list[dict]) -> list[str]:
     return lines
 
 
+def _beyond(row: dict, ours: dict) -> str:
+    """Says so where `row` has learned the lengths it was trained on and loses those beyond; `ours` beside it."""
+    trained = [row[f"accuracy_{n}"] for n in _pairs(row) if n <= TRAINED_PAIRS]
+    beyond = [f"accuracy_{n}" for n in _pairs(row) if n > TRAINED_PAIRS]
+    if not beyond or min(trained) < LEARNED or min(row[name] for name in beyond) >= LEARNED:
+        return ""
+    least = f"{min(trained):.3f}"
+    or_more = "" if least == f"{max(trained):.3f}" else " or more"
+    theirs, based = (" and ".join(f"{x[name]:.3f}" for name in beyond) for x in (row, ours))
+    return (
+        f": it has {least}{or_more} up to {TRAINED_PAIRS} pairs, the lengths trained on, and {theirs} beyond, where "
+        f"Based has {based}"
+    )
+
+
 def comparisons(points: list[dict]) -> list[str]:
     """Every model beside the best Based that keeps as few bytes or fewer."""
     based = frontier(points, "based")
@@ -173,11 +190,19 @@ def comparisons(points: list[dict]) -> list[str]:
             )
             continue
         ours = smaller[-1]
+        if ours[f"accuracy_{easiest}"] < LEARNED:
+            lines.append(
+                f"- Based with {ours['state_bytes']:,} bytes has not learned the task yet in {ours['steps']:,} steps "
+                f"({ours[f'accuracy_{easiest}']:.3f} with {easiest} pairs): no verdict on {name} with "
+                f"{row['state_bytes']:,} ({row['accuracy']:.3f}; width {row['width']}, {describe(row)})."
+            )
+            continue
         difference = ours["accuracy"] - row["accuracy"]
         verdict = "above" if difference > 0 else "below" if difference else "level with"
         lines.append(
             f"- Based with {ours['state_bytes']:,} bytes ({ours['accuracy']:.3f}) is {verdict} {name} with "
-            f"{row['state_bytes']:,} ({row['accuracy']:.3f}; width {row['width']}, {describe(row)})."
+            f"{row['state_bytes']:,} ({row['accuracy']:.3f}; width {row['width']}, {describe(row)})"
+            f"{_beyond(row, ours)}."
         )
     reached = [row for row in based if row["accuracy"] >= TARGET_ACCURACY]
     if reached:
@@ -197,7 +222,7 @@ def document(path: Path, rows: list[dict]) -> str:
     lines = [
         f"# Recall over memory: {path.stem}",
         "",
-        f"{len(rows)} models, {'; '.join(trainings)}; {'; '.join(machines)}. Written by "
+        f"{len(rows)} trainings of {len(points)} models, {'; '.join(trainings)}; {'; '.join(machines)}. Written by "
         "`examples/recall/frontier_report.py` from the CSV beside it.",
         "",
         f"![accuracy over bytes of state]({path.stem}.png)",

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """Trains one model on MQAR with transformers' Trainer and measures its accuracy by the number of pairs."""
 
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from mqar import MQAR, TEST, TRAIN, VOCAB_SIZE, Setting, collate
 from mqar_models import Cell, make_config, make_model, state_bytes
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Task:
     train: tuple[Setting, ...] = TRAIN
     test: tuple[Setting, ...] = TEST
     vocab_size: int = VOCAB_SIZE
-    steps: int = 3000
+    steps: int = 24_000
     batch_size: int = 256
     test_rows: int = 256
     seed: int = 0
@@ -87,6 +88,19 @@ class MatrixDecayTrainer(Trainer):
         return [name for name, x in model.named_parameters() if x.ndim > 1 and not name.endswith(".A_log")]
 
 
+class Progress(TrainerCallback):
+    """A line for what Trainer logs of the training of `cell`."""
+
+    def __init__(self, cell: Cell):
+        self.cell = cell
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            # In one piece, as other processes write there too; to stderr, since run.py closes what Trainer prints to.
+            sys.stderr.write(f"[{self.cell}] step {state.global_step} of {state.max_steps}, loss {logs['loss']:.2f}\n")
+            sys.stderr.flush()
+
+
 def accuracy_by_pairs(prediction: EvalPrediction) -> dict[str, float]:
     """The share of right answers among the rows with as many queries; their mean counts each number alike."""
     is_asked = prediction.label_ids != -100
@@ -148,6 +162,7 @@ def train(cell: Cell, task: Task, device: str) -> dict:
                 in_turn=True,
             ),
             compute_metrics=accuracy_by_pairs,
+            callbacks=[Progress(cell)],
         )
         start = time.perf_counter()
         result = trainer.train()

@@ -1,14 +1,15 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """The recall-memory frontier: trains many small models on MQAR and sets their accuracy beside the bytes of their state.
 
-    python examples/recall/run.py                                     all models, hours on a CPU, minutes on GPUs
-    python examples/recall/run.py --budget 360 --processes 16         what can be trained in 360 seconds
+    python examples/recall/run.py                                     all models, 24,000 steps at three rates, on GPUs
+    python examples/recall/run.py --budget 3600 --processes 16        what can be trained in an hour
     python examples/recall/run.py --quick                             Based and sliding windows, minutes on a CPU
 
-Models train at the same time, one in each process, the processes shared out over the GPUs. Every finished model is a
-row of the CSV, outputs/recall/frontier.csv or quick.csv in the working directory; a run that is started again leaves
-out those that are there. The most telling models come first, at the learning rate that suits most of them, then again
-at the others. Writes the report beside the CSV at the end (frontier_report.py).
+The whole is for GPUs: on two CPU cores one of its models would train for days. --quick is for a CPU. Models train at
+the same time, one in each process, the processes shared out over the GPUs; each tells every tenth of its steps on
+stderr. Every finished training is a row of the CSV, outputs/recall/frontier.csv or quick.csv in the working directory;
+a run that is started again leaves out those that are there. The most telling models come first, at the learning rate
+that suits most of them, then again at the others. Writes the report beside the CSV at the end (frontier_report.py).
 """
 
 import argparse
@@ -37,7 +38,7 @@ from mqar_training import Task, train
 
 # Not beside this program: the results that are there were measured and committed.
 OUTPUTS = Path("outputs", "recall")
-LEARNING_RATES = (3e-3, 1e-2, 1e-3)
+LEARNING_RATES = (3e-3, 1e-3, 1e-2)
 # Width, size and entries of a value. Based keeps features times values, whatever the width.
 POINTS = {
     "mamba": [(256, 16, 0), (128, 16, 0), (256, 32, 0), (64, 16, 0)],
@@ -95,7 +96,7 @@ def check(cell: Cell, task: Task) -> None:
 
 
 class Table:
-    """The CSV of results: a row for each finished model, on the disk at once."""
+    """The CSV of results: a row for each finished training, on the disk at once."""
 
     def __init__(self, path: Path, task: Task):
         self.path, self.task, self.lock = path, task, threading.Lock()
@@ -268,17 +269,29 @@ def point(text: str) -> tuple[str, tuple[int, int, int]]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Accuracy of recall over bytes of state, for four kinds of models.")
-    parser.add_argument("--quick", action="store_true", help="a smaller task, Based and sliding windows only")
+    rates = " ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    parser = argparse.ArgumentParser(
+        description="Accuracy of recall over bytes of state, for four kinds of models: for GPUs, --quick for a CPU."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller task, Based and sliding windows only: minutes on a CPU"
+    )
     parser.add_argument("--output", type=Path, help="the CSV (default: outputs/recall/frontier.csv or quick.csv)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these (default: all)")
     parser.add_argument(
         "--points", nargs="+", type=point, metavar="KIND:WIDTH:SIZE:VALUES", help="only these, e.g. based:128:16:72"
     )
-    parser.add_argument("--learning-rates", nargs="+", type=float, help="in this order (default: 0.003 0.01 0.001)")
+    parser.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        help=f"in this order (default: {rates}; {LEARNING_RATES[0]:g} with --quick)",
+    )
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what is not done then is left out")
-    parser.add_argument("--processes", type=int, help="models trained at once (default: 8 for each GPU, else 2)")
-    parser.add_argument("--steps", type=int, help="of training (default: 3000, or 800 with --quick)")
+    parser.add_argument("--processes", type=int, help="trainings at once (default: 8 for each GPU, else 2)")
+    parser.add_argument(
+        "--steps", type=int, help=f"of training (default: {Task.steps}, or {QUICK_TASK.steps} with --quick)"
+    )
     parser.add_argument("--batch-size", type=int, help="rows in a batch (default: 256, or 64 with --quick)")
     args = parser.parse_args(argv)
     args.output = args.output or OUTPUTS / ("quick.csv" if args.quick else "frontier.csv")
@@ -318,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     table = Table(args.output, task)
     todo = [cell for cell in cells if cell not in table]
     print(
-        f"{len(todo)} models to train, {len(cells) - len(todo)} done before; {processes} at once on "
+        f"{len(todo)} trainings to do, {len(cells) - len(todo)} done before; {processes} at once on "
         f"{', '.join(gpu if gpu == 'cpu' else f'GPU {gpu}' for gpu in gpus)}."
     )
     slots = [gpus[i % len(gpus)] for i in range(min(processes, len(todo)))]
@@ -328,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         # So that no row is cut.
         with table.lock:
-            print(f"Interrupted: the models that were finished are in {table.path}.", file=sys.stderr, flush=True)
+            print(f"Interrupted: the trainings that were finished are in {table.path}.", file=sys.stderr, flush=True)
             # Any other end waits for the threads, which wait for the trainings; these end with this process.
             os._exit(130)
     for cell, reason in sweep.failed:
@@ -336,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     if table.rows:
         write_report(table.path)
     if any("time" not in reason and "start" not in reason for _, reason in sweep.failed):
-        sys.exit("Some models failed, see above.")
+        sys.exit("Some trainings failed, see above.")
 
 
 if __name__ == "__main__":
