@@ -1,15 +1,19 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """Recall on real documents: lm-eval's fda, swde and squad_completion, beside the numbers that were published.
 
-    python examples/evaluate_recall.py outputs/based-360m-hf --tokenizer openai-community/gpt2
-    python examples/evaluate_recall.py outputs/mamba-360m-hf outputs/attn-360m-hf --batch-size 8
+    python examples/evaluate_recall.py outputs/based-360m-hf --tokenizer openai-community/gpt2 --batch-size 8
+    python examples/evaluate_recall.py outputs/mamba-360m-hf outputs/attn-360m-hf --tokenizer openai-community/gpt2
     python examples/evaluate_recall.py examples/small_checkpoint --data tests/data/recall
 
 A model is a folder or Hub id that transformers loads: what conversion/convert_checkpoint.py wrote of one of the
 released checkpoints (Based, attention, Mamba), or any other. A document is read and continued greedily; an answer is
-right if it contains the value, in whatever case. The documents come from the Hub (hazyresearch/based-fda,
-based-swde-v2, based-squad), or with `--data` from `fda.jsonl`, `swde.jsonl`, `squad_completion.jsonl` in a folder: a
-document a line, with a `text` to go on from and the `value` to be found.
+right if it contains the value, in whatever case. The tasks are as in lm-eval, except that squad_completion's answers
+have 48 tokens at most, as in the paper. Every model takes 2,048 tokens of prompt and answer, whatever its tokenizer
+says, or fewer if its configuration says so; longer prompts lose their beginning.
+
+The documents come from the Hub (hazyresearch/based-fda, based-swde-v2, based-squad), or with `--data` from `fda.jsonl`,
+`swde.jsonl`, `squad_completion.jsonl` in a folder: a document a line, with a `text` to go on from and the `value` to be
+found.
 
 Needs `pip install ".[eval]"`.
 """
@@ -40,6 +44,7 @@ except ImportError as error:
 
 TASKS = {"fda": FDA, "swde": SWDE, "squad_completion": SQUADCompletion}
 NEW_TOKENS = 48  # as in the paper
+LENGTH = 2048  # that the released checkpoints were trained with
 # Percent, as reported for the released checkpoints by their authors (arXiv 2402.18668).
 PUBLISHED = {
     "based-360m": (14.3, 25.7, 24.2),
@@ -105,13 +110,15 @@ def devices() -> list[str]:
     return ["cpu", *names, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
-def own_length(config: PreTrainedConfig, tokenizer) -> int:
-    """The tokens of prompt and answer that lm-eval keeps to without `--max-length`."""
+def length_of(config: PreTrainedConfig) -> int:
+    """The tokens of prompt and answer without `--max-length`: `LENGTH`, or fewer if the configuration says so."""
+    # Not as lm-eval does: of a Mamba, whose configuration has no length, it takes that of the tokenizer, and GPT-2's
+    # would cut Mamba's prompts to half of what the others read.
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if (length := getattr(config, name, None)) is not None:
-            return length
-    return tokenizer.model_max_length
+            return min(length, LENGTH)
+    return LENGTH
 
 
 def check_model(source: str) -> None:
@@ -125,27 +132,35 @@ def check_model(source: str) -> None:
         sys.exit(f"{source} is in its original layout: run conversion/convert_checkpoint.py {source} OUTPUT first.")
 
 
-def check_length(source: str, args: argparse.Namespace) -> None:
-    """That a prompt has room beside its answer; loads what tells it, without the weights."""
+def choose_length(source: str, args: argparse.Namespace) -> int:
+    """The tokens that `source` takes, which must leave room for a prompt; loads what tells it, without the weights."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         sys.exit(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
     name = args.tokenizer or source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         sys.exit(f"No tokenizer in {name}: {str(error).splitlines()[0]} Choose one with --tokenizer.")
-    length = own_length(config, tokenizer)
-    if args.max_length is None and length <= NEW_TOKENS:
+    if args.max_length is not None:
+        return args.max_length
+    length = length_of(config)
+    if length <= NEW_TOKENS:
         sys.exit(
             f"{source} takes {length} tokens, which leaves no prompt: an answer alone has {NEW_TOKENS}. Where it can "
             "take more, say so with --max-length."
         )
+    if length < LENGTH:
+        print(f"{source} takes {length:,} tokens, as its configuration says, in place of {LENGTH:,}.", flush=True)
+    return length
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """What would otherwise stop the program late, with the numbers of other models lost."""
+def check_arguments(args: argparse.Namespace) -> dict[str, int]:
+    """
+    Refuses what would otherwise stop the program late, with the numbers of other models lost. Returns how many tokens
+    each model takes.
+    """
     if args.device not in (known := devices()):
         sys.exit(f"--device {args.device}: torch finds no such device here, choose from {', '.join(known)}.")
     if args.max_length is not None and args.max_length <= NEW_TOKENS:
@@ -154,12 +169,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.output.is_dir():
             sys.exit(f"--output {args.output} is a folder: name a .json, such as {args.output / 'recall.json'}.")
         check_folder("--output", args.output.parent)
+    lengths = {}
     for source in args.models:
         check_model(source)
-        check_length(source, args)
+        lengths[source] = choose_length(source, args)
+    return lengths
 
 
-def load_model(source: str, args: argparse.Namespace) -> HFLM:
+def load_model(source: str, length: int, args: argparse.Namespace) -> HFLM:
     try:
         model = HFLM(
             pretrained=source,
@@ -167,7 +184,7 @@ def load_model(source: str, args: argparse.Namespace) -> HFLM:
             dtype=args.dtype,
             device=args.device,
             batch_size=args.batch_size,
-            max_length=args.max_length,
+            max_length=length,
         )
     except (OSError, ValueError) as error:
         sys.exit(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
@@ -178,10 +195,10 @@ def load_model(source: str, args: argparse.Namespace) -> HFLM:
     return model
 
 
-def evaluate(source: str, tasks: list, args: argparse.Namespace) -> dict:
+def evaluate(source: str, length: int, tasks: list, args: argparse.Namespace) -> dict:
     """`{task: {"accuracy": percent, "documents": how many}}` for the model `source`."""
     results = lm_eval.simple_evaluate(
-        model=load_model(source, args),
+        model=load_model(source, length, args),
         tasks=tasks,
         limit=args.limit,
         bootstrap_iters=0,
@@ -196,13 +213,16 @@ def evaluate(source: str, tasks: list, args: argparse.Namespace) -> dict:
     }
 
 
+def published(tasks: list[str]) -> dict[str, dict[str, float]]:
+    return {name: {task: dict(zip(TASKS, numbers))[task] for task in tasks} for name, numbers in PUBLISHED.items()}
+
+
 def table(results: dict[str, dict], tasks: list[str]) -> str:
     lines = ["| percent right | " + " | ".join(tasks) + " |", "|---" + "|---:" * len(tasks) + "|"]
     for source, by_task in results.items():
         cells = (f"{by_task[name]['accuracy']:.1f} of {by_task[name]['documents']:,}" for name in tasks)
         lines.append(f"| {source} | " + " | ".join(cells) + " |")
-    for name, numbers in PUBLISHED.items():
-        by_task = dict(zip(TASKS, numbers))
+    for name, by_task in published(tasks).items():
         lines.append(f"| {name}, published | " + " | ".join(f"{by_task[task]:.1f}" for task in tasks) + " |")
     return "\n".join(lines)
 
@@ -210,7 +230,8 @@ def table(results: dict[str, dict], tasks: list[str]) -> str:
 def write(results: dict[str, dict], args: argparse.Namespace) -> None:
     versions = {name: module.__version__ for name, module in (("torch", torch), ("transformers", transformers))}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"versions": versions, "dtype": args.dtype, "results": results}, indent=2) + "\n")
+    found = {"versions": versions, "dtype": args.dtype, "results": results, "published": published(args.tasks)}
+    args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -222,7 +243,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="documents of each task (default: all)")
     parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument(
-        "--max-length", type=positive, help="tokens of prompt and answer; longer prompts lose their beginning"
+        "--max-length",
+        type=positive,
+        help=f"tokens of prompt and answer; longer prompts lose their beginning (default: {LENGTH}, or fewer if the "
+        "model's configuration says so)",
     )
     parser.add_argument(
         "--dtype",
@@ -237,11 +261,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    check_arguments(args)
+    lengths = check_arguments(args)
     tasks = [make_task(name, args.data) for name in args.tasks]
     results = {}
     for source in args.models:
-        results[source] = evaluate(source, tasks, args)
+        results[source] = evaluate(source, lengths[source], tasks, args)
         # After each, for a later model may fail.
         if args.output is not None:
             write(results, args)

@@ -3,7 +3,7 @@
 
     python examples/quickstart.py
 
-Takes hazyresearch/based-360m when the Hub answers, and converts it; else examples/small_checkpoint, which is of 3.5
+Takes hazyresearch/based-360m when the Hub answers, and converts it; else examples/small_checkpoint, which is of 3.6
 million parameters and knows the King James Bible.
 """
 

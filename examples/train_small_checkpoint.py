@@ -2,13 +2,15 @@
 """Trains examples/small_checkpoint, a Based model of 3.6 million parameters that writes English, and a Llama beside it.
 
     apt-get install bible-kjv
+    mkdir -p outputs
     bible -f gen1:1-rev22:21 > outputs/kjv.txt
     python examples/train_small_checkpoint.py --text outputs/kjv.txt --output examples/small_checkpoint
 
 The text is the King James Bible (1611, public domain) as Debian's package bible-kjv prints it: a verse a line, behind
 its reference. A chapter is a document. Of every twenty chapters one picks the epoch that is kept and one is held out
 for the perplexity that is reported; the others train the tokenizer (byte-level BPE) and both models, on the same
-batches in the same order. Saves Based in bf16 with its tokenizer and a model card; the numbers are of what was saved.
+batches in the same order, from weights as large. Saves Based in bf16 with its tokenizer and a model card; the numbers
+are of what was saved.
 """
 
 import argparse
@@ -29,6 +31,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -147,10 +152,27 @@ def based_config(vocab_size: int, args: argparse.Namespace) -> BasedConfig:
     )
 
 
+def llama_config(based: BasedConfig) -> LlamaConfig:
+    config = llama_like(based)
+    config.initializer_range = based.initializer_range
+    return config
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """With new weights; a Llama starts as Based does, smaller where it writes into the residual stream."""
+    model = AutoModelForCausalLM.from_config(config)
+    if isinstance(config, LlamaConfig):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    projection.weight /= math.sqrt(2 * config.num_hidden_layers)
+    return model
+
+
 def train(config, blocks: dict, args: argparse.Namespace):
     """The trained model at its best epoch, that epoch, and the seconds it took."""
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = build(config)
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -267,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         sum(len(text.encode()) for text in parts["held_out"])
         / sum(len(row) for row in tokenizer(parts["held_out"])["input_ids"]),
     )
-    for name, config in (("based", based), ("llama", llama_like(based))):
+    for name, config in (("based", based), ("llama", llama_config(based))):
         model, epoch, seconds = train(config, blocks, args)
         counts[name] = model.num_parameters()
         if name == "based":

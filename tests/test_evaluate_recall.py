@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from programs import ROOT, load_program
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from word_tokenizer import save_checkpoint, word_tokenizer, words
 
 
@@ -44,7 +44,9 @@ def documents(golden, tmp_path):
 def test_counts_what_the_original_code_recalls(checkpoint, documents, tmp_path, capsys):
     options = ["--data", documents, "--dtype", "float32", "--device", "cpu", "--batch-size", "2"]
     program.main([str(x) for x in (checkpoint, *options, "--output", tmp_path / "new" / "out.json")])
-    found = json.loads((tmp_path / "new" / "out.json").read_text())["results"][str(checkpoint)]
+    written = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert written["published"]["attn-1b"] == {"fda": 68.9, "swde": 69.0, "squad_completion": 35.9}
+    found = written["results"][str(checkpoint)]
     assert found["fda"] == {"accuracy": 50.0, "documents": 4}
     for name in NAMES[1:]:
         assert found[name]["documents"] == 3
@@ -151,26 +153,73 @@ def copy_of(checkpoint, folder, file, **changes):
 
 @pytest.fixture(scope="module")
 def without_limit(checkpoint, tmp_path_factory):
-    """A model whose configuration has no length; only its tokenizer can have one."""
+    """A model whose configuration has no length; its tokenizer has that of GPT-2's."""
     folder = tmp_path_factory.mktemp("mamba")
     MambaForCausalLM(MambaConfig(vocab_size=515, hidden_size=16, state_size=4, num_hidden_layers=1)).save_pretrained(
         folder
     )
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=515, **sizes)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(params=["checkpoint", "without_limit"])
-def of_length(request, documents, tmp_path):
-    """The command line for a model that takes so many tokens, as its configuration or its tokenizer says."""
-    source = request.getfixturevalue(request.param)
-    file, name = {
-        "checkpoint": ("config.json", "max_position_embeddings"),
-        "without_limit": ("tokenizer_config.json", "model_max_length"),
-    }[request.param]
+def prompt_lengths(model, folder, monkeypatch, *options):
+    """How many tokens of a prompt of 3,000 `model` gets to see."""
+    (folder / "fda.jsonl").write_text(json.dumps({"text": words([5] * 3000), "value": "none"}) + "\n")
+    seen = []
+    load_model = program.load_model
+
+    def load(*args):
+        loaded = load_model(*args)
+        generate = loaded.model.generate
+
+        def count(input_ids, **kwargs):
+            seen.append(input_ids.shape[1])
+            return generate(input_ids=input_ids, **kwargs)
+
+        loaded.model.generate = count
+        return loaded
+
+    monkeypatch.setattr(program, "load_model", load)
+    program.main([str(x) for x in (model, "--data", folder, "--tasks", "fda", "--device", "cpu", *options)])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "length"),
+    [
+        ("without_limit", None, 2048),
+        ("llama", 4096, 2048),
+        ("llama", 300, 300),
+        ("checkpoint", 300, 300),
+    ],
+)
+def test_all_models_read_as_much(name, positions, length, request, tmp_path, monkeypatch, capsys):
+    """Whatever the tokenizer says; what a configuration has less is kept and told."""
+    model = request.getfixturevalue(name)
+    if positions is not None:
+        model = copy_of(model, tmp_path / "model", "config.json", max_position_embeddings=positions)
+    assert prompt_lengths(model, tmp_path, monkeypatch) == [length - 48]
+    told = f"{model} takes {length:,} tokens, as its configuration says, in place of 2,048." in capsys.readouterr().out
+    assert told == (length < 2048)
+
+
+@pytest.fixture
+def of_length(checkpoint, documents, tmp_path):
+    """The command line for a model that takes so many tokens, as its configuration says."""
 
     def make(length):
-        model = copy_of(source, tmp_path / "short", file, **{name: length})
+        model = copy_of(checkpoint, tmp_path / "short", "config.json", max_position_embeddings=length)
         options = ["--data", documents, "--tasks", "fda", "--limit", "1", "--device", "cpu"]
         return [str(x) for x in (model, *options)]
 
@@ -189,6 +238,11 @@ def test_takes_a_model_with_room_for_a_token(of_length):
 
 def test_max_length_goes_before_that_of_the_model(of_length):
     program.main([*of_length(48), "--max-length", "49"])
+
+
+def test_max_length_goes_before_that_of_the_program(without_limit, tmp_path, monkeypatch, capsys):
+    assert prompt_lengths(without_limit, tmp_path, monkeypatch, "--max-length", "2500") == [2500 - 48]
+    assert "in place of" not in capsys.readouterr().out
 
 
 def test_says_that_the_hub_is_not_reached(monkeypatch):

@@ -67,6 +67,28 @@ def test_the_card_tells_what_was_saved(text, tmp_path, capsys):
     assert "\n".join(options[i] + " " + options[i + 1] for i in (4,)) in card
 
 
+def test_both_models_start_with_weights_as_large(text, tmp_path, monkeypatch):
+    """Those of the same role at least; the convolutions and the linear attention have none in a Llama."""
+    starts = []
+
+    class Recorder(program.Trainer):
+        def __init__(self, *, model, **kwargs):
+            roles = {}
+            for name, weight in model.named_parameters():
+                if weight.ndim == 2 and ".conv." not in name and ".linear_attn." not in name:
+                    roles.setdefault(name.split(".")[-2], []).append(weight.detach().flatten())
+            starts.append({role: torch.cat(weights).std().item() for role, weights in roles.items()})
+            super().__init__(model=model, **kwargs)
+
+    monkeypatch.setattr(program, "Trainer", Recorder)
+    options = ("--epochs", "1", "--block-size", "32", "--vocab-size", "300", "--hidden-size", "64")
+    program.main(["--text", str(text), "--output", str(tmp_path), *options])
+    based, llama = starts
+    assert {"embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj"} < llama.keys() == based.keys()
+    assert llama == pytest.approx(based, rel=0.05)
+    assert llama["down_proj"] == pytest.approx(llama["up_proj"] / 4, rel=0.05)
+
+
 def test_chapters(text, tmp_path):
     chapters = program.read_chapters(text)
     assert len(chapters) == 40
