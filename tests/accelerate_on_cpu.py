@@ -8,6 +8,7 @@ although both work there.
 
 import runpy
 import sys
+from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
@@ -43,6 +44,8 @@ def main() -> None:
 
     AcceleratorState.__init__ = init_and_switch_on
     del sys.argv[0]
+    # As Python does for a program: it imports what lies beside it.
+    sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -245,7 +245,7 @@ def sweep(monkeypatch, tmp_path):
                 raise FloatingPointError("the loss is no number\nat all")
             names = [*run.COMMON, *(f"accuracy_{setting.pairs}" for setting in task.test)]
             row = {**dict.fromkeys(names, 1), **cell._asdict(), "state_bytes": 100 * cell.size, "steps": task.steps}
-            row |= {"accuracy": cell.learning_rate, "seed": 0, "seconds": 0.5}
+            row |= {"accuracy": cell.learning_rate, "seed": task.seed, "seconds": 0.5}
             return row | {"device": "CPU", "torch": "1", "transformers": "2"}
 
         monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, *others: ThreadPoolExecutor(n))
@@ -325,6 +325,10 @@ def test_refuses_a_table_of_another_task(sweep, tmp_path):
         sweep("--steps", "900")
     with pytest.raises(SystemExit, match=r"quick.csv is of 64 rows in a batch, not 32: choose another --output"):
         sweep("--batch-size", "32")
+    with pytest.raises(SystemExit, match=r"quick.csv is of 0 as its seed, not 7: choose another --output"):
+        sweep("--seed", "7")
+    sweep("--seed", "7", "--output", str(tmp_path / "seven.csv"))
+    assert {row["seed"] for row in report.read_rows(tmp_path / "seven.csv")} == {7}
 
 
 def test_refuses_a_table_that_cannot_be_written(sweep, tmp_path):
@@ -359,6 +363,7 @@ def test_committed_results_are_left_alone(sweep, tmp_path, monkeypatch, command,
         (["--processes", "0"], "--processes: 0 is less than 1"),
         (["--steps", "0"], "--steps: 0 is"),
         (["--batch-size", "-1"], "--batch-size: -1 is"),
+        (["--seed", "-1"], "--seed: -1 is not from 0 to 2147483647"),
         (["--budget", "nan"], "--budget: nan is"),
         (["--learning-rates", "0.1", "0"], "--learning-rates: 0.0 is not a number above 0"),
         (["--learning-rates", "inf"], "--learning-rates: inf is"),

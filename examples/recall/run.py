@@ -293,6 +293,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--steps", type=int, help=f"of training (default: {Task.steps}, or {QUICK_TASK.steps} with --quick)"
     )
     parser.add_argument("--batch-size", type=int, help="rows in a batch (default: 256, or 64 with --quick)")
+    parser.add_argument("--seed", type=int, help="of weights and texts (default: 0); each wants an --output of its own")
     args = parser.parse_args(argv)
     args.output = args.output or OUTPUTS / ("quick.csv" if args.quick else "frontier.csv")
     if args.output.suffix != ".csv":
@@ -300,6 +301,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("processes", "steps", "batch_size"):
         if (number := getattr(args, name)) is not None and number < 1:
             parser.error(f"argument --{name.replace('_', '-')}: {number} is less than 1")
+    if args.seed is not None and not 0 <= args.seed < 2**31:
+        parser.error(f"argument --seed: {args.seed} is not from 0 to {2**31 - 1}")
     if math.isnan(args.budget):
         parser.error("argument --budget: nan is no number of seconds")
     for rate in args.learning_rates or ():
@@ -313,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     points, task, rates = (
         (QUICK_POINTS, QUICK_TASK, LEARNING_RATES[:1]) if args.quick else (POINTS, Task(), LEARNING_RATES)
     )
-    changes = {name: x for name in ("steps", "batch_size") if (x := getattr(args, name)) is not None}
+    changes = {name: x for name in ("steps", "batch_size", "seed") if (x := getattr(args, name)) is not None}
     task = Task(**{**vars(task), **changes})
     if args.points:
         points = {kind: [numbers for other, numbers in args.points if other == kind] for kind in KINDS}
