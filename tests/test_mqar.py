@@ -114,6 +114,7 @@ def test_refuses_what_does_not_fit():
         (("mamba", 32, 0, 0), "mamba of width 32, size 0, values 0: they are"),
         (("based", 32, 8, -1), "based of width 32, size 8, values -1: they are"),
         (("sliding_window", 32, 8, 24), "sliding_window with values of 24: only Based has a size for them"),
+        (("attention", 63, 256, 0), "attention of width 63: its rotary positions need an even one"),
     ],
 )
 def test_refuses_numbers_that_make_no_model(cell, message):
@@ -386,7 +387,7 @@ def test_refuses_options(sweep, tmp_path, monkeypatch, capsys, options, message)
             ["--points", "based:48:16:0", "based:0:16:0"],
             "based width 0 size 16 lr 0.003: based of width 0, .* they are",
         ),
-        (["--points", "sliding_window:63:16:0"], "sliding_window width 63 size 16 lr 0.003: .* even rotary dimension"),
+        (["--points", "sliding_window:63:16:0"], "sliding_window width 63 size 16 lr 0.003: .* need an even one"),
         (["--points", "attention:64:1024:0"], "attention width 64 size 1024 lr 0.003: .* its SIZE is 256."),
         (["--kinds", "mamba"], "No model to train: there are points of based, sliding_window, none of --kinds mamba."),
         (["--points", "based:48:16:0", "--kinds", "mamba"], "No model to train: there are points of based, none of"),

@@ -42,6 +42,8 @@ def make_config(kind: str, width: int, size: int, value_dim: int, vocab_size: in
         raise ValueError(f"Unknown model {kind!r}: it is one of {list(KINDS)}.")
     if width < 1 or size < 1 or value_dim < 0:
         raise ValueError(f"{kind} of width {width}, size {size}, values {value_dim}: they are at least 1, 1 and 0.")
+    if width % 2 and kind in ("sliding_window", "attention"):
+        raise ValueError(f"{kind} of width {width}: its rotary positions need an even one.")
     if value_dim and kind != "based":
         raise ValueError(f"{kind} with values of {value_dim}: only Based has a size for them, give 0.")
     common = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": 2, "tie_word_embeddings": True}
