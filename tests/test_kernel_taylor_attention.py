@@ -224,10 +224,7 @@ def test_split_over_the_sequence(monkeypatch, with_state):
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [16, 32])
-def test_split_without_states(monkeypatch, tokens):
-    """The kernels of partial sums and of the gradient of value take so many tokens at once."""
-    monkeypatch.setattr(chunk_module, "_long_chunk", lambda config: tokens)
+def test_split_without_states(monkeypatch):
     segments_of(monkeypatch, 64)
     compare(*make(1, 130, 2, 8, 8, torch.bfloat16), with_state=False)
 
@@ -735,6 +732,21 @@ def test_gpu_memory(B, T, H):
     tensors = 2 * sum(x.numel() * x.element_size() for x in (q, k, v, v)) - v.numel() * v.element_size()
     # output and gradients are among the extra
     assert extra <= 1.5 * tensors
+
+
+@on_gpu
+@pytest.mark.parametrize(("B", "T", "V"), [(4, 2048, 112), (2, 2048, 256), (1, 16384, 112)])
+@pytest.mark.parametrize(("D", "dtype"), [(16, torch.bfloat16), (32, torch.bfloat16), (16, torch.float16)])
+def test_gpu_memory_of_wide_values(B, T, V, D, dtype):
+    q, k, v, _ = make(B, T, 16, D, V, dtype)
+    g = torch.randn_like(v)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output, _ = taylor_attention(q, k, v)
+    outputs = (output, *torch.autograd.grad(output, (q, k, v), g))
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in outputs)
+    assert extra <= 1.5 * sum(x.nbytes for x in (q, k, v, *outputs))
 
 
 @pytest.mark.parametrize(

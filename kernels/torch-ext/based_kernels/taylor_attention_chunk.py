@@ -51,14 +51,17 @@ def _config(D, dtype):
     """Tiles for one (D, dtype): fixed, never raced, so that two runs of a program give the same bits.
 
     The state of a program, all features of BLOCK_V values, stays in registers. 16 x 16 x 16 is the smallest product of the
-    tensor cores: chunks of 16 make the least work in the quadratic form, and tiles this small keep Triton on the
-    synchronous products that every GPU since Ampere has. What other settings gave is in the README.
+    tensor cores: tiles this small keep Triton on the synchronous products that every GPU since Ampere has. Chunks of 16
+    make the least work in the quadratic form; where 32 fit, two halves do not wait on one another. What other settings
+    gave is in the README.
     """
     P = 16 if D <= 16 else 32
     if dtype == torch.bfloat16:
         # the interpreter multiplies the bits of bfloat16 as integers
         product = tl.float32 if interpreted() else tl.bfloat16
-        return _Config(P, 16, 16, False, True, product, "tf32", 1 if P == 16 else 4, 3)
+        if P == 16:
+            return _Config(P, 32, 16, False, True, product, "tf32", 1, 4)
+        return _Config(P, 16, 16, False, True, product, "tf32", 4, 3)
     # fp16 features overflow at |x| = 256: tf32 has the mantissa of fp16 and the range of fp32
     precision = "tf32" if dtype == torch.float16 else "tf32x3"
     return _Config(P, 16, 16, True, P == 32, tl.float32, precision, 1 if P == 16 else 4, 2 if P == 16 else 1)
@@ -84,20 +87,18 @@ def _segment_length(B, T, H, blocks_v, num_warps, packed, processors):
     return max(-(-T // (parts * 64)) * 64, _SHORTEST_SEGMENT)
 
 
-def _long_chunk(config):
-    """Tokens that the kernels take at once that hold less than the others, partial sums and the gradient of value: twice
-    as many where they fit, with twice as much to do that does not wait on one another."""
-    return config.BLOCK_C if config.num_warps > 1 or config.ROLL_BY_GATHER else 32
+# Tokens that the slope kernel takes at once, and how far it looks ahead: with its two states it has no room for more.
+_SLOPE_BLOCK_C, _SLOPE_STAGES = 16, 2
 
 
 def _slope_tiles(V, config):
     """
     -> values of a program of the slope kernel and groups of features: the more values, the fewer features, so that its
-    part of the state stays in registers. Measured; values of 112 are faster as four blocks of 32 than as two of 64.
+    part of the state stays in registers. Measured (README).
     """
     if config.num_warps > 1 or config.ROLL_BY_GATHER or V <= 16:
         return config.BLOCK_V, 1
-    return (64, 3) if 32 < V <= 64 or V % 64 == 0 else (32, 2)
+    return 32, 2
 
 
 class _Fixed(NamedTuple):
@@ -199,7 +200,7 @@ class _Plan:
             self.grid,
             (y, b, self.mask, self.or_absent(e), slots, *self.tables),
             (*self.numbers, *_strides(y), *_strides(b)),
-            partial(self.constants, BLOCK_C=_long_chunk(self.fixed.config), EDGE=edge, GRADIENT=gradient),
+            partial(self.constants, EDGE=edge, GRADIENT=gradient),
         )
         return slots
 
@@ -227,7 +228,6 @@ class _Plan:
         )
 
     def sum(self, x, y, b, initial, slots, out, z, final, *, reverse):
-        config = self.fixed.config
         has_initial, has_final = initial is not None, final is not None
         launch(
             taylor_attention_sum_kernel,
@@ -246,62 +246,76 @@ class _Plan:
                 *self.tables,
             ),
             (*self.numbers, *_strides(x), *_strides(y), *_strides(b)),
-            partial(
-                self.constants,
-                BLOCK_C=_long_chunk(config) if reverse else config.BLOCK_C,
-                HAS_INIT=has_initial,
-                HAS_FINAL=has_final,
-                REVERSE=reverse,
-            ),
+            partial(self.constants, HAS_INIT=has_initial, HAS_FINAL=has_final, REVERSE=reverse),
         )
 
-    def slope(self, x, y, a, b, e, initial, slots, final, *, reverse):
-        """-> the gradient of x: blocks of V give shares, which are summed in a fixed order."""
-        has_initial, has_final = initial is not None, final is not None
+    def slope(self, query, key, g, value, e, initial, slots, d_final, d_slots, d_initial):
+        """-> the gradients of query and key: blocks of V and groups of features give shares, summed in a fixed order."""
+        has_initial, has_d_final, has_d_initial = initial is not None, d_final is not None, d_initial is not None
         block_v, groups = _slope_tiles(self.size[1], self.fixed.config)
         count = -(-self.size[1] // block_v) * groups
-        share = x.dtype if count == 1 else torch.float32
-        shares = torch.empty((count, *x.shape), dtype=share, device=self.device)
-        launch(
-            taylor_attention_slope_kernel,
-            (self.kind, has_initial, has_final, reverse),
-            self.segments.programs * self.heads * count,
-            (
-                x,
-                y,
-                a,
-                b,
-                e,
-                self.mask,
-                self.or_absent(initial),
-                self.or_absent(slots),
-                shares,
-                self.or_absent(final),
-                *self.tables,
-            ),
-            (*self.numbers, *_strides(x), *_strides(y), *_strides(a), *_strides(b), e.numel()),
-            partial(
-                self.constants,
-                BLOCK_V=block_v,
-                GROUPS=groups,
-                HAS_INIT=has_initial,
-                HAS_FINAL=has_final,
-                REVERSE=reverse,
-            ),
-        )
-        if count == 1:
-            return shares[0]
-        dx = torch.empty(x.shape, dtype=x.dtype, device=self.device)
-        entries, block = dx.numel(), 1024
-        launch(
-            sum_shares_kernel,
-            self.kind,
-            -(-entries // block),
-            (shares, dx),
-            (entries,),
-            lambda: {"SHARES": count, "BLOCK": block, "num_warps": 4},
-        )
-        return dx
+        both = torch.empty((2, *query.shape), dtype=query.dtype, device=self.device)
+        entries, block = query.numel(), 1024
+        at_once, shares = 2, both
+        if count > 1:
+            # Both at once fill a card that either leaves half empty; segments fill it anyway. One after the other, shares
+            # take half the memory: with the gradient of value not yet there, all of it is to stay below 1.5 times inputs
+            # and outputs.
+            memory = 2 * count * entries * 4 + g.nbytes
+            if self.segments.slots > 0 or memory > 6 * query.nbytes + 5 * value.nbytes:
+                at_once = 1
+            shares = torch.empty((at_once, count, *query.shape), dtype=torch.float32, device=self.device)
+        for first in range(0, 2, at_once):
+            launch(
+                taylor_attention_slope_kernel,
+                (self.kind, has_initial, has_d_final, has_d_initial),
+                self.segments.programs * self.heads * at_once * count,
+                (
+                    query,
+                    key,
+                    g,
+                    value,
+                    e,
+                    self.mask,
+                    self.or_absent(initial),
+                    self.or_absent(slots),
+                    self.or_absent(d_final),
+                    self.or_absent(d_slots),
+                    shares,
+                    self.or_absent(d_initial),
+                    *self.tables,
+                ),
+                (
+                    *self.numbers,
+                    *_strides(query),
+                    *_strides(key),
+                    *_strides(g),
+                    *_strides(value),
+                    e.numel(),
+                    first * groups,
+                    at_once * groups,
+                ),
+                partial(
+                    self.constants,
+                    BLOCK_C=_SLOPE_BLOCK_C,
+                    num_stages=min(self.fixed.config.num_stages, _SLOPE_STAGES),
+                    BLOCK_V=block_v,
+                    GROUPS=groups,
+                    HAS_INIT=has_initial,
+                    HAS_DFINAL=has_d_final,
+                    HAS_DINIT=has_d_initial,
+                ),
+            )
+            if count > 1:
+                launch(
+                    sum_shares_kernel,
+                    self.kind,
+                    at_once * -(-entries // block),
+                    (shares, both),
+                    (entries, first),
+                    lambda: {"SHARES": count, "BLOCK": block, "num_warps": 4},
+                )
+        return both[0], both[1]
 
     def rows(self, output, d_output, z):
         """-> do / z and the gradient of z, of each row."""
@@ -360,12 +374,11 @@ def _taylor_attention_bwd(
     d_initial = plan.states(plan.segments.docs) if need_initial else None
     with device_guard(query):
         g, e = plan.rows(output, d_output, z)
-        d_query = plan.slope(query, key, g, value, e, initial_state, slots, None, reverse=False)
         d_slots = None
         if plan.segments.slots > 0:
             d_slots = plan.partial(query, g, e, edge=need_initial, gradient=True)
             plan.scan(d_slots, d_final, d_initial, reverse=True)
-        d_key = plan.slope(key, query, value, g, e, d_final, d_slots, d_initial, reverse=True)
+        d_query, d_key = plan.slope(query, key, g, value, e, initial_state, slots, d_final, d_slots, d_initial)
         d_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         plan.sum(key, query, g, d_final, d_slots, d_value, None, d_initial, reverse=True)
     return d_query, d_key, d_value, d_initial

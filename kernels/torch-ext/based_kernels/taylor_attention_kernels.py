@@ -3,7 +3,8 @@
 
 Two kernels do everything, each forward or backward in time, since w is symmetric in query and key:
         sum    out_i = sum_j w(x_i, y_j) b_j               the output (x, y, b = q, k, v) and dv (k, q, do / z)
-        slope  dx_i = sum_j (a_i . b_j + e) dw(x_i, y_j)    dq (q, k; a, b = do / z, v) and dk (k, q; v, do / z)
+        slope  dx_i = sum_j (a_i . b_j + e) dw(x_i, y_j)    dq (q, k; a, b = do / z, v) and dk (k, q; v, do / z), in one
+                                                            launch: neither has programs enough to fill a card
 
 A program owns one (segment, head, block of V). One warp does it where it can: products then take what other products
 left in registers, without a barrier. Nothing of size T x F is stored, and no sum depends on the order in which programs
@@ -42,8 +43,8 @@ from .taylor_features import (
 
 
 # What changes with batch, length or memory layout must not cause a new compilation.
-_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS", "COUNT", "stride_dov"] + [
-    f"stride_{x}{d}" for x in ("x", "y", "a", "b", "do") for d in "bth"
+_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS", "COUNT", "FIRST", "PARTS", "stride_dov"] + [
+    f"stride_{x}{d}" for x in ("x", "y", "b", "q", "k", "v", "g", "do") for d in "bth"
 ]
 
 
@@ -483,16 +484,18 @@ def _slope_of_tiles(
 
 @triton.jit(do_not_specialize=_DYNAMIC)
 def taylor_attention_slope_kernel(
-    p_x,
-    p_y,
-    p_a,
-    p_b,
+    p_q,
+    p_k,
+    p_g,
+    p_v,
     p_e,
     p_mask,
     p_init,
     p_slots,
-    p_dx,
-    p_final,
+    p_dfinal,
+    p_dslots,
+    p_share,
+    p_dinit,
     p_table,
     p_cu,
     p_cut,
@@ -503,19 +506,21 @@ def taylor_attention_slope_kernel(
     H,
     SEGMENT,
     PER_DOC,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
-    stride_ab,
-    stride_at,
-    stride_ah,
-    stride_bb,
-    stride_bt,
-    stride_bh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     ROWS,
+    FIRST,
+    PARTS,
     D: tl.constexpr,
     V: tl.constexpr,
     F_PAD: tl.constexpr,
@@ -527,83 +532,128 @@ def taylor_attention_slope_kernel(
     WIDE_LAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_INIT: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
+    HAS_DFINAL: tl.constexpr,
+    HAS_DINIT: tl.constexpr,
     PACKED: tl.constexpr,
     TABLE: tl.constexpr,
-    REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx_i = sum_j (a_i . b_j + e_i) dw(x_i, y_j) / dx_i over j <= i; with REVERSE over j >= i and with e_j.
+    """dq_i = sum_j (g_i . v_j + e_i) dw(q_i, k_j) / dq_i over j <= i; dk_i = sum_j (v_i . g_j + e_j) dw(k_i, q_j) / dk_i
+    over j >= i.
 
-    Each block of V and each group of features gives a share p_dx[i_v * GROUPS + i_g] of [NV * GROUPS, B, T, H, D]: what
-    the features of a group cost is paid once for all of a wide block. e is in one share.
+    Each block of V and each group of features gives a share [NV * GROUPS, B, T, H, D] of either: what the features of a
+    group cost is paid once for all of a wide block. e is in one share. A launch does PARTS of the 2 * GROUPS parts, those
+    of dq or of dk or all, from FIRST on; p_share begins with those of FIRST.
     """
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     # torch.compile passes Python floats as float64
     scale = tl.cast(scale, tl.float32)
     sqrt_scale = tl.cast(sqrt_scale, tl.float32)
-    i_g = tl.program_id(0) % GROUPS
-    i_v = tl.program_id(0) // GROUPS % NV
-    i_h = (tl.program_id(0) // (GROUPS * NV)) % H
-    i_s = tl.program_id(0) // (GROUPS * NV) // H
+    i_part = tl.program_id(0) % PARTS
+    i_v = tl.program_id(0) // PARTS % NV
+    i_h = (tl.program_id(0) // (PARTS * NV)) % H
+    i_s = tl.program_id(0) // (PARTS * NV) // H
     if TABLE:
         if tl.load(p_cut + 3 * N + i_s) >= N:
             return
     i_n, i_b, start, end, slot, _, _ = locate(i_s, p_cu, p_cut, T, N, SEGMENT, PER_DOC, PACKED, TABLE)
 
-    p_x += (i_b.to(tl.int64) * stride_xb + i_h.to(tl.int64) * stride_xh) * 8
-    p_y += (i_b.to(tl.int64) * stride_yb + i_h.to(tl.int64) * stride_yh) * 8
-    p_a += (i_b.to(tl.int64) * stride_ab + i_h.to(tl.int64) * stride_ah) * 8
-    p_b += (i_b.to(tl.int64) * stride_bb + i_h.to(tl.int64) * stride_bh) * 8
+    p_q += (i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh) * 8
+    p_k += (i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh) * 8
+    p_g += (i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh) * 8
+    p_v += (i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh) * 8
     p_mask += i_b.to(tl.int64) * T
     p_e += i_b.to(tl.int64) * T * H + i_h
-    p_dx += ((i_v * GROUPS + i_g).to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
-    p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
-    p_last = p_final + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
+    i_share = (i_part // GROUPS) * (NV * GROUPS) + i_v * GROUPS + i_part % GROUPS
+    p_share += (i_share.to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
+    p_last = p_dinit + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
     # of a cut document, the scan writes it
     m_last = slot < 0
-    for g in tl.static_range(GROUPS):
-        if i_g == g:
-            _slope_of_tiles(
-                p_x,
-                p_y,
-                p_a,
-                p_b,
-                p_e,
-                p_mask,
-                p_state,
-                m_state,
-                p_dx,
-                p_last,
-                m_last,
-                p_table,
-                scale,
-                sqrt_scale,
-                H,
-                start,
-                end,
-                i_v,
-                stride_xt,
-                stride_yt,
-                stride_at,
-                stride_bt,
-                g,
-                GROUPS,
-                D,
-                V,
-                F_PAD,
-                P,
-                BLOCK_C,
-                BLOCK_V,
-                ROLL_BY_GATHER,
-                WIDE_LAST,
-                HAS_MASK,
-                HAS_FINAL,
-                REVERSE,
-                DTYPE,
-                PRECISION,
-            )
+    for part in tl.static_range(2 * GROUPS):
+        if FIRST + i_part == part:
+            if part < GROUPS:
+                p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
+                _slope_of_tiles(
+                    p_q,
+                    p_k,
+                    p_g,
+                    p_v,
+                    p_e,
+                    p_mask,
+                    p_state,
+                    m_state,
+                    p_share,
+                    p_last,
+                    m_last,
+                    p_table,
+                    scale,
+                    sqrt_scale,
+                    H,
+                    start,
+                    end,
+                    i_v,
+                    stride_qt,
+                    stride_kt,
+                    stride_gt,
+                    stride_vt,
+                    part,
+                    GROUPS,
+                    D,
+                    V,
+                    F_PAD,
+                    P,
+                    BLOCK_C,
+                    BLOCK_V,
+                    ROLL_BY_GATHER,
+                    WIDE_LAST,
+                    HAS_MASK,
+                    False,
+                    False,
+                    DTYPE,
+                    PRECISION,
+                )
+            else:
+                p_state, m_state = _start(p_dfinal, p_dslots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_DFINAL)
+                _slope_of_tiles(
+                    p_k,
+                    p_q,
+                    p_v,
+                    p_g,
+                    p_e,
+                    p_mask,
+                    p_state,
+                    m_state,
+                    p_share,
+                    p_last,
+                    m_last,
+                    p_table,
+                    scale,
+                    sqrt_scale,
+                    H,
+                    start,
+                    end,
+                    i_v,
+                    stride_kt,
+                    stride_qt,
+                    stride_vt,
+                    stride_gt,
+                    part - GROUPS,
+                    GROUPS,
+                    D,
+                    V,
+                    F_PAD,
+                    P,
+                    BLOCK_C,
+                    BLOCK_V,
+                    ROLL_BY_GATHER,
+                    WIDE_LAST,
+                    HAS_MASK,
+                    HAS_DINIT,
+                    True,
+                    DTYPE,
+                    PRECISION,
+                )
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -757,7 +807,7 @@ def taylor_attention_scan_kernel(
     b_carry = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_INIT:
         b_carry += tl.load(p_init + o_doc + o_x, mask=m_x & (o_x % F_PAD < F), other=0.0)
-    for i in range(count):
+    for i in tl.range(count, num_stages=4):
         i_slot = slot + i
         # the last partial sum feeds only the total: it is not computed when nobody wants that
         m_read = i < count - 1
@@ -822,11 +872,14 @@ def taylor_attention_rows_kernel(
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
-def sum_shares_kernel(p_share, p_out, COUNT, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """[SHARES, COUNT] fp32 -> [COUNT], in a fixed order."""
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def sum_shares_kernel(p_share, p_out, COUNT, FIRST, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """[n, SHARES, COUNT] fp32 -> [FIRST : FIRST + n] of [2, COUNT], in a fixed order."""
+    blocks = tl.cdiv(COUNT, BLOCK)
+    o_x = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < COUNT
+    i_n = (tl.program_id(0) // blocks).to(tl.int64)
+    p_share += i_n * SHARES * COUNT
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(SHARES):
         b_sum += tl.load(p_share + i * tl.cast(COUNT, tl.int64) + o_x, mask=m_x, other=0.0)
-    tl.store(p_out + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
+    tl.store(p_out + (FIRST + i_n) * COUNT + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
