@@ -215,6 +215,10 @@ def comparisons(points: list[dict]) -> list[str]:
     return lines
 
 
+def count(things: list, noun: str) -> str:
+    return f"{len(things)} {noun}{'s' if len(things) != 1 else ''}"
+
+
 def document(path: Path, rows: list[dict]) -> str:
     points = best_rows(rows)
     machines = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
@@ -222,8 +226,8 @@ def document(path: Path, rows: list[dict]) -> str:
     lines = [
         f"# Recall over memory: {path.stem}",
         "",
-        f"{len(rows)} trainings of {len(points)} models, {'; '.join(trainings)}; {'; '.join(machines)}. Written by "
-        "`examples/recall/frontier_report.py` from the CSV beside it.",
+        f"{count(rows, 'training')} of {count(points, 'model')}, {'; '.join(trainings)}; {'; '.join(machines)}. "
+        "Written by `examples/recall/frontier_report.py` from the CSV beside it.",
         "",
         f"![accuracy over bytes of state]({path.stem}.png)",
         "",
