@@ -128,14 +128,18 @@ def step_seconds(once: Sequence[float], whole: Sequence[float], tokens: int) -> 
 
 
 def cache_bytes(cache) -> tuple[int, int]:
-    """Bytes that the tensors of a cache take, and those that a step has to read and write of them."""
+    """
+    Bytes that the tensors of a cache take, and those that a step has to read and write of them. Of the tokens that wait
+    beside a recurrent state it has to move none: they are there so that it need not write the state.
+    """
     held = moved = 0
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             size = layer.keys.nbytes + layer.values.nbytes
             held, moved = held + size, moved + size
         else:
-            held, moved = held + layer.state.nbytes, moved + 2 * layer.state.nbytes
+            waiting = sum(x.nbytes for x in getattr(layer, "pending", {}).values())
+            held, moved = held + layer.state.nbytes + waiting, moved + 2 * layer.state.nbytes
     return held, moved
 
 
@@ -144,7 +148,13 @@ def cache_size(model: PreTrainedModel) -> dict[str, Callable[[float], float]]:
     """`held` and `moved` of `cache_bytes` for one sequence, as functions of its length, from 256 on."""
     short, long = 256, 320
     ids = random_ids(model, 1, long)
-    sizes = [cache_bytes(model(ids[:, :length], use_cache=True).past_key_values) for length in (short, long)]
+
+    def size_at(length: int) -> tuple[int, int]:
+        cache = model(ids[:, : length - 1], use_cache=True).past_key_values
+        # A step makes what steps keep.
+        return cache_bytes(model(ids[:, length - 1 : length], past_key_values=cache).past_key_values)
+
+    sizes = [size_at(length) for length in (short, long)]
 
     def line(at_short: int, at_long: int) -> Callable[[float], float]:
         slope = (at_long - at_short) / (long - short)

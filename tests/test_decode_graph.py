@@ -50,6 +50,8 @@ def replays(monkeypatch):
         cache_at_hand = []
         monkeypatch.setattr(decode_graph._Graph, "__init__", remembering)
         monkeypatch.setattr(decode_graph, "_DEVICES", ("cpu",))
+        # as on a GPU, where a step makes room for tokens that wait
+        monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lambda query, value: value.dtype != torch.float64)
         monkeypatch.setattr(
             GenerationMixin,
             "_valid_auto_compile_criteria",
@@ -252,6 +254,37 @@ def test_what_may_act_differently_is_not_recorded(model, replays):
     assert not replays
 
 
+def test_hooks_for_all_modules_are_called(model, replays):
+    calls = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(1) if module is model.lm_head else None
+    )
+    try:
+        model.generate(prompt(), max_new_tokens=6, do_sample=False)
+    finally:
+        handle.remove()
+    assert len(calls) == 6
+    assert not replays
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5] * 4, "factor": 2.0}
+        | {"original_max_position_embeddings": 14},
+        {"rope_type": "linear", "factor": 2.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_types_of_rotary(tiny_model, replays, rope):
+    """Some ask the GPU how far the text has come, which a recorded step cannot."""
+    model = tiny_model(pad_token_id=0, rope_parameters={"rope_theta": 1e4, **rope}).to(DEVICE)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(prompt() % 97, **options), plainly(model, prompt() % 97, **options))
+    assert bool(replays) == (rope["rope_type"] == "linear")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -311,10 +344,46 @@ def test_projections_lie_side_by_side(model, tmp_path):
     assert len(saved) == len(before) - 1  # the tied head
 
 
-def test_what_waits_is_folded_with_the_scale_of_the_mixer(tiny_model, monkeypatch):
+@pytest.mark.parametrize("other_batch", [False, True])
+@pytest.mark.parametrize("first_tokens", [2, 3])
+def test_a_step_is_recorded_of_a_cache_that_has_made_one(model, replays, first_tokens, other_batch):
+    """What a cache's first step makes, room for tokens, is not recorded: each replay would make it anew, and empty."""
+    options = {"max_new_tokens": 20, "do_sample": False}
+    model.generate(prompt(), max_new_tokens=first_tokens)
+    del replays[:]
+    if other_batch:
+        model.generate(prompt(3), max_new_tokens=4)
+    assert torch.equal(model.generate(prompt(), **options), plainly(model, prompt(), **options))
+    assert torch.equal(model.generate(prompt(seed=1), **options), plainly(model, prompt(seed=1), **options))
+    assert len(replays) >= 2 * 18
+
+
+def test_a_reply_that_ends_with_its_second_token(model):
+    options = {"max_new_tokens": 20, "do_sample": False}
+    expected = plainly(model, prompt(1), **options)
+    model.generate(prompt(1), eos_token_id=int(expected[0, 12]), **options)
+    assert torch.equal(model.generate(prompt(1), **options), expected)
+
+
+def test_a_cache_that_was_reset(model):
+    """It has made a step, and has given up what that made."""
+    options = {"max_new_tokens": 20, "do_sample": False}
+    expected = plainly(model, prompt(), **options)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model.generate(prompt(), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    cache.reset()
+    assert torch.equal(model.generate(prompt(), past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(prompt(), **options), expected)
+
+
+def test_what_a_recording_makes_is_refused(model, monkeypatch):
+    monkeypatch.setattr(decode_graph, "_names", lambda cache: [cache.layers])
+    with pytest.raises(RuntimeError, match="has made tensors for its cache"):
+        model.generate(prompt(), max_new_tokens=6, do_sample=False)
+
+
+def test_what_waits_is_folded_with_the_scale_of_the_mixer(tiny_model):
     """Also in a cache that came to the graph before it made a step of its own."""
-    if not GPU:
-        monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lambda query, value: True)
     model = tiny_model(pad_token_id=0, linear_scale=0.9).to(DEVICE)
     ids, options = prompt() % 97, {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     model.generate(ids, **options)
@@ -339,11 +408,13 @@ def test_streaming(model, replays):
     model.generate(ids, streamer=TextStreamer(tokenizer), **options)
 
 
-def test_two_threads(model):
+@pytest.mark.parametrize("warm", [True, False])
+def test_threads(model, warm):
     """Their caches take turns in the graph, step by step."""
     options = {"max_new_tokens": 30, "do_sample": False}
     expected = [plainly(model, prompt(seed=seed), **options) for seed in range(3)]
-    model.generate(prompt(), max_new_tokens=4)
+    if warm:
+        model.generate(prompt(), max_new_tokens=4)
     results = [None] * 3
 
     def run(seed):

@@ -423,6 +423,11 @@ def test_step_errors_name_the_argument():
         taylor_attention_step(q, k, v, state[:1])
     with pytest.raises(ValueError, match="^state: got strides"):
         taylor_attention_step(q, k, v, state.transpose(2, 3).contiguous().transpose(2, 3))
+    size = state[0].numel()
+    with pytest.raises(ValueError, match="^state: got strides .* multiples of 8"):
+        taylor_attention_step(q, k, v, state.new_zeros(2, size + 4)[:, :size].view_as(state))
+    with pytest.raises(ValueError, match="^state: got strides"):
+        taylor_attention_step(q, k, v, state[:1].expand_as(state))
     with pytest.raises(ValueError, match="^mask: got shape"):
         taylor_attention_step(q, k, v, state, mask=torch.ones(2, device=DEVICE))
 

@@ -433,3 +433,30 @@ def test_gpu_training_steps(tiny_model, use_backend, kind):
             error, allowed = ((y.double() - exact).square().mean().sqrt() / scale for y in (x.grad, plain[name]))
             assert error <= 2 * allowed + 1e-2, (way, name)
             assert 2 * allowed + 1e-2 < 0.5, name
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"sliding_window": 4097}, {"hidden_size": 48}, {"hidden_size": 40}],
+    ids=["window 4097", "head_dim 12", "head_dim 10"],
+)
+def test_sizes_beyond_the_kernel_of_the_window_step(everywhere, tiny_model, use_backend, sizes):
+    layers = ["conv", "sliding_attention"]
+    model = tiny_model(layer_types=layers, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, **sizes)
+    ids = torch.arange(1, 11).view(2, 5)
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    use_backend("torch")
+    expected = model.generate(ids, **options)
+    use_backend("triton")
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_norms_wider_than_the_kernel(everywhere, use_backend):
+    use_backend("triton")
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16392), torch.randn(16392)
+    normed, _ = ops.rms_norm(x, weight, 1e-5)
+    exact = x.double()
+    torch.testing.assert_close(
+        normed, (weight * exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()).float(), atol=1e-5, rtol=1e-5
+    )

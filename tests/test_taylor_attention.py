@@ -476,6 +476,7 @@ def test_errors_of_cu_seqlens(bounds):
         ("query", 2, torch.zeros(2, 2, 17, 48), None),
         ("state", 1, torch.zeros(2, 2, 17, 45), None),
         ("state", 1, torch.zeros(2, 2, 17, 48, dtype=torch.float16), None),
+        ("state", 1, torch.zeros(2, 1, 17, 48).expand(2, 2, 17, 48), None),
         ("mask", 1, torch.zeros(2, 2, 17, 48), torch.ones(2, 2)),
     ],
 )

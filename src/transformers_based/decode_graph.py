@@ -34,19 +34,25 @@ MAX_GRAPHS = 4
 # What can record.
 _DEVICES = ("cuda",)
 
+# Types of rotary whose angles depend on how far the text has come, so that the CPU would have to wait for the GPU.
+_LOOKS_AT_POSITIONS = ("dynamic", "longrope")
+
 # Modules of these Python packages do the same at every call.
 _KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.models.llama.", f"{__package__}.")
 
 
 class DecodeGraphs:
     """
-    Called in place of a model: replays a graph for a decoding step, and calls the model for everything else. The first
-    step of a batch size runs as usual, the second is recorded.
+    Called in place of a model: replays a graph for a decoding step, and calls the model for everything else. Where
+    there is no graph of a batch size yet, the first step of a cache runs as usual, and makes what a step may have to
+    make; the next one is recorded.
     """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._graphs: OrderedDict[int, _Graph | None] = OrderedDict()
+        self._graphs: OrderedDict[int, _Graph] = OrderedDict()
+        # The caches that have made a step as usual, and what their layers hold since.
+        self._has_stepped: weakref.WeakKeyDictionary[Cache, list] = weakref.WeakKeyDictionary()
         self._fingerprint = None
         self._lock = threading.RLock()
         # The graph and the cache of the last step; whether the one after it is on its way; and what such steps gave to
@@ -86,15 +92,17 @@ class DecodeGraphs:
                 return self._model()(**inputs)
             batch = step.input_ids.shape[0]
             if batch not in self._graphs:
-                self._graphs[batch] = None
-                if len(self._graphs) > MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
-                return self._model()(**inputs)
-            self._graphs.move_to_end(batch)
-            if self._graphs[batch] is None:
+                # What a recorded step makes, it would make again with every replay: room for tokens, always empty.
+                if self._has_stepped.get(cache) != _names(cache):
+                    output = self._model()(**inputs)
+                    self._has_stepped[cache] = _names(cache)
+                    return output
                 # What is made in `torch.inference_mode` cannot be changed outside of it, and this outlives it.
                 with torch.inference_mode(False), torch.no_grad():
                     self._graphs[batch] = _Graph(self._model(), step)
+                if len(self._graphs) > MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(batch)
             output = self._graphs[batch].run(step)
             self._last = self._graphs[batch], weakref.ref(cache)
             return output
@@ -183,6 +191,10 @@ class _Graph:
             ).logits
 
         self._replay, self._logits = record(forward, model.device)
+        if _names(step.cache) != [home.keys() for home in self._home]:
+            raise RuntimeError(
+                "A recorded decoding step has made tensors for its cache, which every replay would empty."
+            )
         self._aside = Aside(model.device)
         # Recording told the layers of a token, but did not do it.
         for layer in step.cache.layers:
@@ -277,6 +289,10 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     return {"keys": layer.keys, "values": layer.values, "seen": layer.seen}
 
 
+def _names(cache: Cache) -> list:
+    return [_tensors(layer).keys() for layer in cache.layers]
+
+
 def _lives_at(layer, home: dict[str, torch.Tensor]) -> bool:
     # The GPU waits for this at every step.
     if isinstance(layer, TaylorCacheLayer):
@@ -299,11 +315,15 @@ def obstacle_to_graphs(model: nn.Module) -> str | None:
     """Why a step of this model cannot be recorded, if so."""
     if model.device.type not in _DEVICES:
         return f"the model is on {model.device.type}"
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks for all modules"
     for name, module in model.named_modules():
         if not type(module).__module__.startswith(_KNOWN):
             return f"{name or 'the model'} is a {type(module).__module__}.{type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has hooks"
+        if getattr(module, "rope_type", "default") in _LOOKS_AT_POSITIONS:
+            return f"{name} has rotary of type {module.rope_type}, which looks at the positions"
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.device != model.device:
             return f"{name} is a {type(parameter).__name__} on {parameter.device}"

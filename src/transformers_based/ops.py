@@ -179,6 +179,10 @@ def lay_side_by_side(model: nn.Module) -> None:
                     weight.data = part
 
 
+# A row stays in registers.
+_MAX_NORM_DIM = 16384
+
+
 def rms_norm(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -194,8 +198,9 @@ def rms_norm(
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
     in_place = in_place and _can_hold_sum(residual, hidden_states)
+    fits = weight.shape[0] <= _MAX_NORM_DIM and _are_plain(hidden_states, weight)
     # A compiler that sees the arithmetic does it beside what comes before and after.
-    if _are_plain(hidden_states, weight) and not _compiles_training() and _is_fused("RMSNorm", hidden_states):
+    if fits and not _compiles_training() and _is_fused("RMSNorm", hidden_states):
         return based_kernels.rms_norm(hidden_states, weight, eps, residual=residual, in_place=in_place)
     if residual is not None:
         hidden_states = residual.add_(hidden_states) if in_place else residual + hidden_states
@@ -312,6 +317,8 @@ def gated_short_conv_step(
 
 # Of a head: its tiles stay in registers.
 _MAX_HEAD_DIM = 128
+# Of a head and of the window, in a step.
+_MAX_STEP_HEAD_DIM, _MAX_STEP_WINDOW = 256, 4096
 
 
 def can_attend_fused(x: torch.Tensor, head_dim: int) -> bool:
@@ -398,12 +405,13 @@ def sliding_attention_step(
 
     Source: arXiv 2402.18668, section 4.2; `based/models/mixers/slide_attention.py` of the original code.
     """
-    if _is_step_fused("sliding-window attention", value):
+    head_dim, window = value.shape[3], keys.shape[2]
+    fits = head_dim % 8 == 0 and head_dim <= _MAX_STEP_HEAD_DIM and window <= _MAX_STEP_WINDOW
+    if fits and _are_plain(query, key, value) and _is_step_fused("sliding-window attention", value):
         return based_kernels.sliding_attention_step(
             query, key, value, cos, sin, keys, values, seen, scale=scale, mask=mask
         )
     query, key = (rotate(x, cos, sin).to(value.dtype) for x in (query, key))
-    window = keys.shape[2]
     exists = torch.ones_like(seen[:, :1], dtype=torch.bool) if mask is None else mask.bool()
     # [B, H, 1, D]: in a row that does not exist the slot gets what it holds
     slot = (seen % window)[..., None, None].expand(-1, -1, 1, keys.shape[3])

@@ -349,6 +349,7 @@ def taylor_attention_step(
     if query.shape[1] != 1:
         raise ValueError(f"`taylor_attention_step` takes one token; `query` has {query.shape[1]}.")
     _check_state("state", state, query, value, None)
+    _check_not_expanded("state", state)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask != 0
     op = torch_taylor_attention_step if _backend(query, value) == "torch" else based_kernels.taylor_attention_step
@@ -414,8 +415,12 @@ def _check_pending(state, pending_keys, pending_values, num_pending, query, valu
         if tensor.dtype != dtype:
             raise ValueError(f"`{name}` must be {dtype}; got {tensor.dtype}.")
     for name, tensor in (("state", state), ("pending_keys", pending_keys), ("pending_values", pending_values)):
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
-            raise ValueError(f"`{name}` is changed in place and must not be expanded; got strides {tensor.stride()}.")
+        _check_not_expanded(name, tensor)
+
+
+def _check_not_expanded(name, tensor):
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        raise ValueError(f"`{name}` is changed in place and must not be expanded; got strides {tensor.stride()}.")
 
 
 def is_lazy_step_faster(query: torch.Tensor, value: torch.Tensor) -> bool:

@@ -114,10 +114,7 @@ def check_step_inputs(query, key, value, state, scale, mask):
         _check_mask(mask, query, (B, 1))
     _, padded = feature_count(D)
     _check_state("state", state, query, (B, H, V + 1, padded))
-    if state.stride(3) != 1 or state.stride(2) != padded:
-        raise ValueError(
-            f"state: got strides {state.stride()}, a contiguous last two dimensions fit: it is updated in place"
-        )
+    _check_rows_in_place("state", state)
     return _check_scale(scale, D)
 
 
@@ -376,13 +373,8 @@ def check_lazy_step_inputs(query, key, value, state, pending_keys, pending_value
         if tuple(x.shape) != (B, H, *dim):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, {[B, H, *dim]} fits")
         _check_device(name, x, query)
-    for name, x in (("state", state), ("pending_keys", pending_keys), ("pending_values", pending_values)):
-        outer = zip(x.shape[:2], x.stride()[:2])
-        if x.stride()[2:] != (x.shape[3], 1) or any(size > 1 and (step == 0 or step % 8) for size, step in outer):
-            raise ValueError(
-                f"{name}: got strides {x.stride()}, contiguous last two dimensions and multiples of 8 before them fit: "
-                "it is updated in place"
-            )
+    for name, x in (("pending_keys", pending_keys), ("pending_values", pending_values)):
+        _check_rows_in_place(name, x)
     if not num_pending.is_contiguous():
         raise ValueError(
             f"num_pending: got strides {num_pending.stride()}, a contiguous tensor fits: it is updated in place"
@@ -439,6 +431,15 @@ def _check_state(name, state, query, shape):
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, {list(shape)} fits")
     _check_device(name, state, query)
+
+
+def _check_rows_in_place(name, x):
+    outer = zip(x.shape[:2], x.stride()[:2])
+    if x.stride()[2:] != (x.shape[3], 1) or any(size > 1 and (step == 0 or step % 8) for size, step in outer):
+        raise ValueError(
+            f"{name}: got strides {x.stride()}, contiguous last two dimensions and multiples of 8 before them fit: "
+            "it is updated in place"
+        )
 
 
 def _check_scale(scale, D):
