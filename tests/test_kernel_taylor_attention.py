@@ -10,6 +10,7 @@ that all zeros, or a missing term, would miss by far.
 
 import os
 import sys
+import weakref
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def rms_error(x, reference):
     return (x - reference).square().mean().sqrt().item() / (size if size > 1e-9 else 1.0)
 
 
-def compare(q, k, v, initial, *, with_state=True, plain_dtype=None, **arguments):
+def compare(q, k, v, initial, *, with_state=True, **arguments):
     """Output, final state and all gradients of the kernels, beside plain PyTorch, against the float64 oracle."""
     dtype = q.dtype
     inputs = [x for x in (q, k, v, initial) if x is not None]
@@ -229,13 +230,15 @@ def test_split_without_states(monkeypatch):
     compare(*make(1, 130, 2, 8, 8, torch.bfloat16), with_state=False)
 
 
-@pytest.mark.parametrize(("D", "V"), [(8, 24), (16, 40), (16, 72), (8, 128)])
 @pytest.mark.parametrize("length", [10**6, 32])
-def test_values_and_features_are_shared_out(monkeypatch, D, V, length):
-    """For the gradients of query and key, several programs a head."""
+@pytest.mark.parametrize("left", [0, 10**6])
+@pytest.mark.parametrize(("D", "V"), [(8, 24), (16, 40), (16, 72), (8, 128), (24, 40)])
+def test_values_and_features_are_shared_out(monkeypatch, D, V, left, length):
+    """For the gradients of query and key, several programs a head; both at once if there is memory left for them."""
     segments_of(monkeypatch, length)
+    monkeypatch.setattr(chunk_module, "_memory_left", lambda *arguments: left)
     inputs = make(1, 49, 2, D, V, torch.bfloat16, initial=1)
-    assert chunk_module._slope_tiles(V, chunk_module._config(D, torch.bfloat16))[1] > 1
+    assert chunk_module._num_shares(V, chunk_module._config(D, torch.bfloat16)) > 1
     compare(*inputs, mask=torch.arange(49, device=DEVICE)[None] % 5 != 1)
 
 
@@ -627,6 +630,19 @@ def test_gpu_beyond_two_to_the_31_elements():
 
 
 @on_gpu
+def test_gpu_backward_beyond_two_to_the_31_elements():
+    B, T, H, D, V = 1, 300_000, 120, 16, 64
+    q, k = (torch.randn(B, T, H, D, dtype=torch.bfloat16, device=DEVICE).requires_grad_() for _ in range(2))
+    v = torch.randn(B, T, H, V, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    assert chunk_module._num_shares(V, chunk_module._config(D, torch.bfloat16)) * q.numel() > 2**31
+    gradients = torch.autograd.grad(taylor_attention(q, k, v)[0], (q, k, v), torch.ones_like(v))
+    last = [x.detach()[:, :, -1:].clone().requires_grad_() for x in (q, k, v)]
+    alone = torch.autograd.grad(taylor_attention(*last)[0], last, torch.ones_like(last[2]))
+    for a, b in zip(gradients, alone):
+        assert rms_error(a[:, :, -1:], b) < TOLERANCE[torch.bfloat16]
+
+
+@on_gpu
 def test_gpu_compiles_whole_without_gradients():
     mask = torch.arange(130, device=DEVICE).expand(2, 130) % 5 != 1
     q, k, v = (x.detach() for x in make(2, 130, 2, 16, 64, torch.bfloat16)[:3])
@@ -737,6 +753,56 @@ def test_gpu_memory(B, T, H):
     tensors = 2 * sum(x.numel() * x.element_size() for x in (q, k, v, v)) - v.numel() * v.element_size()
     # output and gradients are among the extra
     assert extra <= 1.5 * tensors
+
+
+@pytest.mark.skipif(GPU, reason="launches are left out")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "V", "documents"),
+    [
+        (8, 2048, 16, 16, 64, 0),
+        (1, 4096, 16, 16, 64, 4),
+        (4, 8192, 16, 16, 112, 0),
+        (1, 16384, 16, 16, 112, 0),
+        (1, 2048, 4, 32, 64, 0),
+        (1, 4096, 1, 32, 256, 0),
+        (1, 8192, 2, 32, 64, 3),
+        (1, 8192, 2, 24, 248, 3),
+        (1, 4096, 16, 16, 16, 2),
+    ],
+)
+def test_memory_on_a_large_card(monkeypatch, B, T, H, D, V, documents, dtype):
+    """What is allocated beside inputs and outputs, at most 1.5 times these; states of segments are a part of it."""
+    held, peak, empty = 0, 0, torch.empty
+
+    def counted(*arguments, **options):
+        nonlocal held, peak
+        x = empty(*arguments, **options)
+
+        def freed(size=x.nbytes):
+            nonlocal held
+            held -= size
+
+        held += x.nbytes
+        peak = max(peak, held)
+        weakref.finalize(x, freed)
+        return x
+
+    monkeypatch.setattr(chunk_module, "_processors", lambda device: 132)
+    monkeypatch.setattr(chunk_module, "_fixed_by_kind", {})
+    q, k, v = (torch.zeros(B, T, H, size, dtype=dtype) for size in (D, D, V))
+    chunk_module._fixed(D, dtype, q.device)
+    monkeypatch.setattr(chunk_module, "launch", lambda *arguments: None)
+    monkeypatch.setattr(chunk_module, "cut_table", lambda segments, cu_seqlens: cu_seqlens)
+    monkeypatch.setattr(torch, "empty", counted)
+    cu_seqlens = torch.linspace(0, T, documents + 1).int() if documents else None
+    output, z, slots, table, _ = chunk_module._taylor_attention_fwd(q, k, v, 0.25, None, cu_seqlens, None, False)
+    gradients = chunk_module._taylor_attention_bwd(
+        q, k, v, 0.25, None, cu_seqlens, None, slots, table, output, z, torch.zeros_like(v), None, False
+    )[:3]
+    outputs = sum(x.nbytes for x in (output, *gradients))
+    assert outputs < peak
+    assert peak - outputs <= 1.5 * (outputs + sum(x.nbytes for x in (q, k, v)))
 
 
 @on_gpu

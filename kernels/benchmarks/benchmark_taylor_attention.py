@@ -13,6 +13,7 @@ Limits: a device copy, counting bytes read and written, and a bf16 matrix produc
 # ruff: noqa: E501
 
 import argparse
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -82,6 +83,15 @@ def providers():
     except ImportError as error:
         print(f"no flash-linear-attention: {error}")
     return table
+
+
+def versions():
+    found = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    try:
+        found["flash-linear-attention"] = importlib.metadata.version("flash-linear-attention")
+    except importlib.metadata.PackageNotFoundError:
+        found["flash-linear-attention"] = "none"
+    return found
 
 
 def relative(a, b):
@@ -159,7 +169,7 @@ def main():
     copy, product = ceilings()
     result = {
         "card": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "versions": versions(),
         "copy_TB_s": copy,
         "product_TFLOP_s": product,
         "verified": {},
@@ -183,8 +193,10 @@ def main():
     for B, T, V in SIZES:
         forward_bytes = 2 * B * T * H * (2 * D + 2 * V)
         backward_bytes = forward_bytes + 2 * B * T * H * (2 * (2 * D + V) + 2 * V)
-        # per token: features of q and k into and out of the state, half a chunk of 64 for the rest
-        forward_flops = B * T * H * (4 * F * (V + 1) + 64 * (D + V))
+        # per token: features of q and k into and out of the state, half a chunk of 32 for the rest; with backward, the
+        # states of q k v (twice), k q g and q k g
+        forward_flops = B * T * H * (4 * F * (V + 1) + 32 * (D + V))
+        both_flops = B * T * H * (16 * F * (V + 1) + 32 * (6 * D + 4 * V))
         rows = []
         for name, op in {**ops, "SDPA causal": None}.items():
             if op is None:
@@ -205,15 +217,14 @@ def main():
                 rows[0]["forward_TFLOP_s"] = forward_flops / forward / 1e9
                 rows[0]["forward_fraction_of_bytes"] = forward_bytes / copy / 1e9 / forward
                 rows[0]["forward_fraction_of_product"] = forward_flops / product / 1e9 / forward
+                rows[0]["both_TFLOP_s"] = both_flops / both / 1e9
                 rows[0]["both_fraction_of_bytes"] = backward_bytes / copy / 1e9 / both
+                rows[0]["both_fraction_of_product"] = both_flops / product / 1e9 / both
         print(f"\nB {B}, T {T}, V {V}")
         for row in rows:
             more = ""
             if row["name"] == "ours":
-                more = (
-                    f"  {row['forward_TFLOP_s']:.0f} TFLOP/s, {row['forward_fraction_of_bytes']:.0%} of the bytes limit,"
-                    f" {row['forward_fraction_of_product']:.0%} of the arithmetic limit"
-                )
+                more = f"  {fractions(row, 'forward')}; and backward {fractions(row, 'both')}"
             print(
                 f"  {row['name']:16s} forward {row['forward_ms']:8.3f} ms {row['forward_ms'] / rows[0]['forward_ms']:6.2f}x"
                 f" (kernels {row['forward_kernels_ms']:8.3f})"
@@ -242,6 +253,13 @@ def main():
     plot(result, arguments.output / "taylor_attention.png")
 
 
+def fractions(row, key):
+    return (
+        f"{row[f'{key}_TFLOP_s']:.0f} TFLOP/s, {row[f'{key}_fraction_of_bytes']:.0%} of the bytes limit, "
+        f"{row[f'{key}_fraction_of_product']:.0%} of the arithmetic limit"
+    )
+
+
 def table(result, path):
     names = list(dict.fromkeys(row["name"] for row in result["sequences"]))
     lines = [f"{result['card']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()), ""]
@@ -259,6 +277,18 @@ def table(result, path):
     lines += [
         "",
         "Milliseconds, medians, bf16, 16 heads, D = 16; in brackets the kernels alone, means of the profiler.",
+        "",
+        f"Ours, of a copy of {result['copy_TB_s']:.2f} TB/s and a bf16 product of {result['product_TFLOP_s']:.0f} TFLOP/s:",
+        "",
+        "| B, T, V | forward | and backward |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['B']}, {row['T']}, {row['V']} | {fractions(row, 'forward')} | {fractions(row, 'both')} |"
+        for row in result["sequences"]
+        if row["name"] == "ours"
+    ]
+    lines += [
         "",
         "| step: B, V | ms | TB/s | of the copy |",
         "|---|---|---|---|",

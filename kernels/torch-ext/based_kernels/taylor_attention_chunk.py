@@ -77,28 +77,54 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _segment_length(B, T, H, blocks_v, num_warps, packed, processors):
-    """Tokens per segment. Cutting costs a second pass over keys and values and two launches. On a card half full that is as
-    much as it gains (benchmarks/results), so sequences are cut only where they leave two thirds of the card empty."""
+def _segment_length(B, T, H, blocks_v, num_warps, packed, processors, most):
+    """Tokens per segment. Cutting costs a second pass over keys and values, and launches. On a card half full that is as
+    much as it gains (benchmarks/results), so sequences are cut only where they leave two thirds of the card empty; and
+    into no more segments than the `most` whose states there is room for."""
     rows = H * blocks_v * (1 if packed else B)
     parts = _WARPS * processors // (rows * num_warps)
-    if parts < 3:
+    if packed:
+        # each document may end in a segment that is short: see `cut`
+        most = most // 2
+    if parts < 3 or most < 2:
         return -(-T // 64) * 64
-    return max(-(-T // (parts * 64)) * 64, _SHORTEST_SEGMENT)
+    return max(-(-T // (min(parts, most) * 64)) * 64, _SHORTEST_SEGMENT)
 
 
-# Tokens that the slope kernel takes at once, and how far it looks ahead: with its two states it has no room for more.
+# Tokens that the slope kernel takes at once, and how far it looks ahead: more of either does not fit beside the states.
 _SLOPE_BLOCK_C, _SLOPE_STAGES = 16, 2
 
 
 def _slope_tiles(V, config):
-    """
-    -> values of a program of the slope kernel and groups of features: the more values, the fewer features, so that its
-    part of the state stays in registers. Measured (README).
-    """
+    """-> values of a program of the slope kernel and groups of features. Of the bf16 products of P = 16, half of the
+    features leave room for twice the values, so that features are made half as often (measured, see README)."""
     if config.num_warps > 1 or config.ROLL_BY_GATHER or V <= 16:
         return config.BLOCK_V, 1
     return 32, 2
+
+
+def _num_shares(V, config):
+    block_v, groups = _slope_tiles(V, config)
+    return -(-V // block_v) * groups
+
+
+def _size_of_g(dtype):
+    """Bytes of an entry of do / z: fp16 has no room for what a long sequence divides by."""
+    return 2 if dtype == torch.bfloat16 else 4
+
+
+def _memory_left(D, V, dtype, config):
+    """Bytes of a token and head that are left of 1.5 times inputs and outputs, with the shares of one gradient there and
+    the gradient of value not yet."""
+    size = 4 if dtype == torch.float32 else 2
+    count = _num_shares(V, config)
+    taken = _size_of_g(dtype) * V + (4 * count * D if count > 1 else 0) + 8 - size * V
+    return 3 * size * (4 * D + 3 * V) // 2 - taken
+
+
+def _most_segments(T, D, V, dtype, config):
+    """Of a row: as many as have room for their states, forward and backward."""
+    return _memory_left(D, V, dtype, config) * T // (2 * (V + 1) * feature_count(D)[1] * 4)
 
 
 class _Fixed(NamedTuple):
@@ -150,8 +176,9 @@ class _Plan:
         self.size = D, V
         self.heads = H
         self.blocks_v = -(-V // config.BLOCK_V)
-        packed = cu_seqlens is not None
-        length = _segment_length(B, T, H, self.blocks_v, config.num_warps, packed, processors)
+        self.packed = packed = cu_seqlens is not None
+        most = _most_segments(T, D, V, query.dtype, config)
+        length = _segment_length(B, T, H, self.blocks_v, config.num_warps, packed, processors, most)
         self.segments = segments = cut(B, T, cu_seqlens, length)
         self.grid = segments.programs * H * self.blocks_v
         if segments.has_table and cut_at is None:
@@ -177,8 +204,8 @@ class _Plan:
             "V": V,
             "F_PAD": self.fixed.padded,
             "HAS_MASK": self.has_mask,
-            "PACKED": self.kind[5],
-            "TABLE": self.kind[6],
+            "PACKED": self.packed,
+            "TABLE": self.segments.has_table,
             **self.fixed.config._asdict(),
             **more,
         }
@@ -252,20 +279,22 @@ class _Plan:
     def slope(self, query, key, g, value, e, initial, slots, d_final, d_slots, d_initial):
         """-> the gradients of query and key: blocks of V and groups of features give shares, summed in a fixed order."""
         has_initial, has_d_final, has_d_initial = initial is not None, d_final is not None, d_initial is not None
-        block_v, groups = _slope_tiles(self.size[1], self.fixed.config)
-        count = -(-self.size[1] // block_v) * groups
-        both = torch.empty((2, *query.shape), dtype=query.dtype, device=self.device)
+        D, V = self.size
+        block_v, groups = _slope_tiles(V, self.fixed.config)
+        count = _num_shares(V, self.fixed.config)
+        gradients = [torch.empty(query.shape, dtype=query.dtype, device=self.device) for _ in range(2)]
+        # Both at once fill a card that either leaves half empty. Segments fill it anyway, and one after the other the
+        # shares take half the memory.
+        left = _memory_left(D, V, query.dtype, self.fixed.config)
         entries, block = query.numel(), 1024
-        at_once, shares = 2, both
-        if count > 1:
-            # Both at once fill a card that either leaves half empty; segments fill it anyway. One after the other, shares
-            # take half the memory: with the gradient of value not yet there, all of it is to stay below 1.5 times inputs
-            # and outputs.
-            memory = 2 * count * entries * 4 + g.nbytes
-            if self.segments.slots > 0 or memory > 6 * query.nbytes + 5 * value.nbytes:
-                at_once = 1
-            shares = torch.empty((at_once, count, *query.shape), dtype=torch.float32, device=self.device)
+        at_once = 1 if count > 1 and (self.segments.slots > 0 or 4 * count * D > left) else 2
         for first in range(0, 2, at_once):
+            shares = gradients
+            if count > 1:
+                # of what a launch leaves alone nothing is there
+                shares = [self.absent] * 2
+                for i in range(first, first + at_once):
+                    shares[i] = torch.empty((count, *query.shape), dtype=torch.float32, device=self.device)
             launch(
                 taylor_attention_slope_kernel,
                 (self.kind, has_initial, has_d_final, has_d_initial),
@@ -281,7 +310,7 @@ class _Plan:
                     self.or_absent(slots),
                     self.or_absent(d_final),
                     self.or_absent(d_slots),
-                    shares,
+                    *shares,
                     self.or_absent(d_initial),
                     *self.tables,
                 ),
@@ -311,16 +340,15 @@ class _Plan:
                     sum_shares_kernel,
                     self.kind,
                     at_once * -(-entries // block),
-                    (shares, both),
+                    (*shares, *gradients),
                     (entries, first),
                     lambda: {"SHARES": count, "BLOCK": block, "num_warps": 4},
                 )
-        return both[0], both[1]
+        return gradients
 
     def rows(self, output, d_output, z):
         """-> do / z and the gradient of z, of each row."""
-        # fp16 has no room for what a long sequence divides by
-        g_dtype = torch.bfloat16 if output.dtype == torch.bfloat16 else torch.float32
+        g_dtype = torch.bfloat16 if _size_of_g(output.dtype) == 2 else torch.float32
         g = torch.empty(output.shape, dtype=g_dtype, device=self.device)
         e = torch.empty(z.shape, dtype=torch.float32, device=self.device)
         V, block = self.size[1], 32
@@ -449,7 +477,8 @@ def taylor_attention(
         scale: number > 0; default D ** -0.5.
         mask: [B, T], bool or 0/1. 0: the token does not exist; its output row is 0 whatever its query, key and value hold.
         cu_seqlens: [N + 1] int32 on the same device, from 0 to T, rising; then B = 1 and the N documents are independent.
-        initial_state: [B or N, H, V + 1, F_PAD] float32, as returned for an earlier part of the same sequences.
+        initial_state: [B or N, H, V + 1, F_PAD] float32, as returned for an earlier part of the same sequences. The
+            gradients take it for such a sum of tokens, whose normaliser is 0.5 or more for every query.
             F_PAD is (D + 1) (D + 2) / 2 rounded up to a multiple of 8; row V is the normaliser.
         output_final_state: also return the state after the last token.
 

@@ -3,12 +3,11 @@
 
 Two kernels do everything, each forward or backward in time, since w is symmetric in query and key:
         sum    out_i = sum_j w(x_i, y_j) b_j               the output (x, y, b = q, k, v) and dv (k, q, do / z)
-        slope  dx_i = sum_j (a_i . b_j + e) dw(x_i, y_j)    dq (q, k; a, b = do / z, v) and dk (k, q; v, do / z), in one
-                                                            launch: neither has programs enough to fill a card
+        slope  dx_i = sum_j (a_i . b_j + e) dw(x_i, y_j)    dq (q, k; a, b = do / z, v) and dk (k, q; v, do / z)
 
 A program owns one (segment, head, block of V). One warp does it where it can: products then take what other products
-left in registers, without a barrier. Nothing of size T x F is stored, and no sum depends on the order in which programs
-run, so results repeat bit by bit.
+left in registers, without a barrier. Features are never stored, and no sum depends on the order in which programs run, so
+results repeat bit by bit.
 
 Several warps share a product as Triton 3.6 shares out the last one of the loop. WIDE_LAST makes that one of
 [BLOCK_C or BLOCK_V, P], a part of P for each warp; after a square one each warp would do all of most products.
@@ -43,7 +42,7 @@ from .taylor_features import (
 
 
 # What changes with batch, length or memory layout must not cause a new compilation.
-_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS", "COUNT", "FIRST", "PARTS", "stride_dov"] + [
+_DYNAMIC = ["T", "SEGMENT", "PER_DOC", "N", "H", "ROWS", "COUNT", "FIRST_PART", "PARTS", "FIRST_OUT", "stride_dov"] + [
     f"stride_{x}{d}" for x in ("x", "y", "b", "q", "k", "v", "g", "do") for d in "bth"
 ]
 
@@ -285,20 +284,20 @@ def _grow_slope(
     b_y32,
     b_rollt,
     o_d,
-    FIRST: tl.constexpr,
-    END: tl.constexpr,
+    FIRST_TILE: tl.constexpr,
+    END_TILE: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     ROLL_BY_GATHER: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tiles FIRST to END of a state [P, BLOCK_V] take in a chunk."""
+    """The tiles FIRST_TILE to END_TILE of a state [P, BLOCK_V] take in a chunk."""
     b_next = ()
-    for r in tl.static_range(FIRST, END):
+    for r in tl.static_range(FIRST_TILE, END_TILE):
         # [P, BLOCK_C]
         b_f = source_features(r, b_yt, b_y32, b_rollt, o_d, D, P, False, False, ROLL_BY_GATHER, DTYPE, PRECISION)
-        b_next = b_next + (tl.dot(b_f, b_b, b_s[r - FIRST], input_precision=PRECISION),)
+        b_next = b_next + (tl.dot(b_f, b_b, b_s[r - FIRST_TILE], input_precision=PRECISION),)
     return b_next
 
 
@@ -365,8 +364,8 @@ def _slope_of_tiles(
 ):
     """A segment for one block of V and one group of tiles; the last group has the tokens of a chunk and the normaliser.
     Pointers are those of the row and head."""
-    FIRST: tl.constexpr = first_tile(GROUP, GROUPS, num_tiles(D, P))
-    END: tl.constexpr = first_tile(GROUP + 1, GROUPS, num_tiles(D, P))
+    FIRST_TILE: tl.constexpr = first_tile(GROUP, GROUPS, num_tiles(D, P))
+    END_TILE: tl.constexpr = first_tile(GROUP + 1, GROUPS, num_tiles(D, P))
     IS_LAST: tl.constexpr = GROUP == GROUPS - 1
     o_c = tl.arange(0, BLOCK_C)
     o_d = tl.arange(0, P)
@@ -385,7 +384,7 @@ def _slope_of_tiles(
 
     v_state = tl.where(m_state, V, 0)
     b_s = ()
-    for r in tl.static_range(FIRST, END):
+    for r in tl.static_range(FIRST_TILE, END_TILE):
         # [P, BLOCK_V]
         b_s = b_s + (load_state(p_state, r, o_v, v_state, scale, sqrt_scale, D, P, F_PAD, REVERSE, True, False),)
     if IS_LAST:
@@ -420,10 +419,10 @@ def _slope_of_tiles(
         # tokens before this chunk, through the state: dx_a += dphi_r x_(a + r), dx_(a + r) += dphi_r x_a
         b_dx = tl.zeros([BLOCK_C, P], dtype=tl.float32)
         b_back = tl.zeros([BLOCK_C, P], dtype=tl.float32)
-        for r in tl.static_range(FIRST, END):
+        for r in tl.static_range(FIRST_TILE, END_TILE):
             if r <= P // 2:
                 # [BLOCK_C, P]
-                b_dphi = tl.dot(b_a, tl.trans(b_s[r - FIRST]).to(DTYPE), input_precision=PRECISION)
+                b_dphi = tl.dot(b_a, tl.trans(b_s[r - FIRST_TILE]).to(DTYPE), input_precision=PRECISION)
                 if D < P:
                     b_dphi *= coef_columns(r, scale, D, P, False)[None, :]
                 if r == P // 2:
@@ -441,7 +440,7 @@ def _slope_of_tiles(
         if D == P:
             b_dx *= scale
             if IS_LAST:
-                b_dx = tl.dot(b_a, tl.trans(b_s[P // 2 + 1 - FIRST]).to(DTYPE), b_dx, input_precision=PRECISION)
+                b_dx = tl.dot(b_a, tl.trans(b_s[P // 2 + 1 - FIRST_TILE]).to(DTYPE), b_dx, input_precision=PRECISION)
             b_dx *= scale
         if IS_LAST:
             b_slope = normaliser_slope(b_x, b_m, b_n, scale, D, P, PRECISION)
@@ -451,7 +450,9 @@ def _slope_of_tiles(
                 b_dx += b_e[:, None] * b_slope
 
         if WIDE_LAST:
-            b_s = _grow_slope(b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST, END, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+            b_s = _grow_slope(
+                b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST_TILE, END_TILE, D, P, ROLL_BY_GATHER, DTYPE, PRECISION
+            )
             if IS_LAST:
                 b_m, b_n, count = _grow_slope_moment(b_m, b_n, count, b_y, b_y32, b_e, D, P, REVERSE, DTYPE, PRECISION)
 
@@ -472,7 +473,9 @@ def _slope_of_tiles(
         tl.store(p_dx + i_t * (H * D) + r_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
 
         if not WIDE_LAST:
-            b_s = _grow_slope(b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST, END, D, P, ROLL_BY_GATHER, DTYPE, PRECISION)
+            b_s = _grow_slope(
+                b_s, b_b, b_yt, b_y32, b_rollt, o_d, FIRST_TILE, END_TILE, D, P, ROLL_BY_GATHER, DTYPE, PRECISION
+            )
             if IS_LAST:
                 b_m, b_n, count = _grow_slope_moment(b_m, b_n, count, b_y, b_y32, b_e, D, P, REVERSE, DTYPE, PRECISION)
 
@@ -494,7 +497,8 @@ def taylor_attention_slope_kernel(
     p_slots,
     p_dfinal,
     p_dslots,
-    p_share,
+    p_dq,
+    p_dk,
     p_dinit,
     p_table,
     p_cu,
@@ -519,7 +523,7 @@ def taylor_attention_slope_kernel(
     stride_vt,
     stride_vh,
     ROWS,
-    FIRST,
+    FIRST_PART,
     PARTS,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -544,13 +548,13 @@ def taylor_attention_slope_kernel(
 
     Each block of V and each group of features gives a share [NV * GROUPS, B, T, H, D] of either: what the features of a
     group cost is paid once for all of a wide block. e is in one share. A launch does PARTS of the 2 * GROUPS parts, those
-    of dq or of dk or all, from FIRST on; p_share begins with those of FIRST.
+    of dq or of dk or all, from FIRST_PART on.
     """
     NV: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     # torch.compile passes Python floats as float64
     scale = tl.cast(scale, tl.float32)
     sqrt_scale = tl.cast(sqrt_scale, tl.float32)
-    i_part = tl.program_id(0) % PARTS
+    i_part = FIRST_PART + tl.program_id(0) % PARTS
     i_v = tl.program_id(0) // PARTS % NV
     i_h = (tl.program_id(0) // (PARTS * NV)) % H
     i_s = tl.program_id(0) // (PARTS * NV) // H
@@ -565,95 +569,73 @@ def taylor_attention_slope_kernel(
     p_v += (i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh) * 8
     p_mask += i_b.to(tl.int64) * T
     p_e += i_b.to(tl.int64) * T * H + i_h
-    i_share = (i_part // GROUPS) * (NV * GROUPS) + i_v * GROUPS + i_part % GROUPS
-    p_share += (i_share.to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
+    o_share = ((i_v * GROUPS + i_part % GROUPS).to(tl.int64) * ROWS + i_b.to(tl.int64) * T * H + i_h) * D
     p_last = p_dinit + (i_n.to(tl.int64) * H + i_h) * ((V + 1) * F_PAD)
     # of a cut document, the scan writes it
     m_last = slot < 0
     for part in tl.static_range(2 * GROUPS):
-        if FIRST + i_part == part:
+        if i_part == part:
             if part < GROUPS:
+                p_x = p_q
+                p_y = p_k
+                p_a = p_g
+                p_b = p_v
+                p_dx = p_dq + o_share
+                stride_xt = stride_qt
+                stride_yt = stride_kt
+                stride_at = stride_gt
+                stride_bt = stride_vt
                 p_state, m_state = _start(p_init, p_slots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_INIT)
-                _slope_of_tiles(
-                    p_q,
-                    p_k,
-                    p_g,
-                    p_v,
-                    p_e,
-                    p_mask,
-                    p_state,
-                    m_state,
-                    p_share,
-                    p_last,
-                    m_last,
-                    p_table,
-                    scale,
-                    sqrt_scale,
-                    H,
-                    start,
-                    end,
-                    i_v,
-                    stride_qt,
-                    stride_kt,
-                    stride_gt,
-                    stride_vt,
-                    part,
-                    GROUPS,
-                    D,
-                    V,
-                    F_PAD,
-                    P,
-                    BLOCK_C,
-                    BLOCK_V,
-                    ROLL_BY_GATHER,
-                    WIDE_LAST,
-                    HAS_MASK,
-                    False,
-                    False,
-                    DTYPE,
-                    PRECISION,
-                )
             else:
+                p_x = p_k
+                p_y = p_q
+                p_a = p_v
+                p_b = p_g
+                p_dx = p_dk + o_share
+                stride_xt = stride_kt
+                stride_yt = stride_qt
+                stride_at = stride_vt
+                stride_bt = stride_gt
                 p_state, m_state = _start(p_dfinal, p_dslots, i_n, slot, i_h, H, (V + 1) * F_PAD, HAS_DFINAL)
-                _slope_of_tiles(
-                    p_k,
-                    p_q,
-                    p_v,
-                    p_g,
-                    p_e,
-                    p_mask,
-                    p_state,
-                    m_state,
-                    p_share,
-                    p_last,
-                    m_last,
-                    p_table,
-                    scale,
-                    sqrt_scale,
-                    H,
-                    start,
-                    end,
-                    i_v,
-                    stride_kt,
-                    stride_qt,
-                    stride_vt,
-                    stride_gt,
-                    part - GROUPS,
-                    GROUPS,
-                    D,
-                    V,
-                    F_PAD,
-                    P,
-                    BLOCK_C,
-                    BLOCK_V,
-                    ROLL_BY_GATHER,
-                    WIDE_LAST,
-                    HAS_MASK,
-                    HAS_DINIT,
-                    True,
-                    DTYPE,
-                    PRECISION,
-                )
+            _slope_of_tiles(
+                p_x,
+                p_y,
+                p_a,
+                p_b,
+                p_e,
+                p_mask,
+                p_state,
+                m_state,
+                p_dx,
+                p_last,
+                m_last,
+                p_table,
+                scale,
+                sqrt_scale,
+                H,
+                start,
+                end,
+                i_v,
+                stride_xt,
+                stride_yt,
+                stride_at,
+                stride_bt,
+                part % GROUPS,
+                GROUPS,
+                D,
+                V,
+                F_PAD,
+                P,
+                BLOCK_C,
+                BLOCK_V,
+                ROLL_BY_GATHER,
+                WIDE_LAST,
+                HAS_MASK,
+                HAS_DINIT and part >= GROUPS,
+                part >= GROUPS,
+                DTYPE,
+                PRECISION,
+            )
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -872,14 +854,16 @@ def taylor_attention_rows_kernel(
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
-def sum_shares_kernel(p_share, p_out, COUNT, FIRST, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """[n, SHARES, COUNT] fp32 -> [FIRST : FIRST + n] of [2, COUNT], in a fixed order."""
-    blocks = tl.cdiv(COUNT, BLOCK)
-    o_x = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_x = o_x < COUNT
-    i_n = (tl.program_id(0) // blocks).to(tl.int64)
-    p_share += i_n * SHARES * COUNT
+def sum_shares_kernel(p_share_q, p_share_k, p_dq, p_dk, COUNT, FIRST_OUT, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """[SHARES, COUNT] fp32 -> [COUNT], in a fixed order: of dq (0) and dk (1), from FIRST_OUT on."""
+    count = tl.cast(COUNT, tl.int64)
+    blocks = (count + BLOCK - 1) // BLOCK
+    o_x = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < count
+    is_dq = FIRST_OUT + tl.program_id(0) // blocks == 0
+    p_share = tl.where(is_dq, p_share_q, p_share_k)
+    p_out = tl.where(is_dq, p_dq, p_dk)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(SHARES):
-        b_sum += tl.load(p_share + i * tl.cast(COUNT, tl.int64) + o_x, mask=m_x, other=0.0)
-    tl.store(p_out + (FIRST + i_n) * COUNT + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
+        b_sum += tl.load(p_share + i * count + o_x, mask=m_x, other=0.0)
+    tl.store(p_out + o_x, b_sum.to(p_out.dtype.element_ty), mask=m_x)
