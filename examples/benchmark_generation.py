@@ -2,6 +2,7 @@
 """Speed of `generate()`: Based beside a Llama of equal parameter count, in one run on one device.
 
     python examples/benchmark_generation.py [--shapes 1.3b 360m] [--batches 1 16 128 512] [--time-limit 480]
+    python examples/benchmark_generation.py --resume [--shapes 360m]
     python examples/benchmark_generation.py --plot-only
 
 First verifies, then times, then a table and a plot. Only public calls: `generate()` as it comes for both models, and
@@ -14,7 +15,7 @@ with `cache_implementation="static"` for Llama, which transformers compiles on a
     position  a step of `generate()` that goes on from a cache which holds that many tokens
 
 Every number is written to results/generation.json as soon as it is there; a run that is cut short keeps the others, and
-what was left out is listed with the reason.
+what was left out is listed with the reason. `--resume` measures what is not there yet.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -192,6 +194,9 @@ class GenerationRun(Run):
             cells=[],
             positions=[],
         )
+        if args.resume:
+            settings = ["dtype", "backend", "prompt", "new_tokens"]
+            self.resume(settings, lambda cell: cell["shape"] in args.shapes)
 
     def cell(self, name: dict, measure: Callable[[], dict], into: str = "cells", compiles: bool = False) -> bool:
         """See `attempt`."""
@@ -244,16 +249,16 @@ class ModelRun:
         self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         length = run.args.prompt + run.args.new_tokens
         self.bytes_per_sequence = round(self.sizes["held"](length))
-        run.results["models"].append(
-            {
-                "shape": shape,
-                "model": kind,
-                "parameters": self.model.num_parameters(),
-                "weight_bytes": self.weight_bytes,
-                "bytes_per_sequence": self.bytes_per_sequence,
-                "activation_bytes_per_token": self.activations,
-            }
-        )
+        facts = {
+            "shape": shape,
+            "model": kind,
+            "parameters": self.model.num_parameters(),
+            "weight_bytes": self.weight_bytes,
+            "bytes_per_sequence": self.bytes_per_sequence,
+            "activation_bytes_per_token": self.activations,
+        }
+        if not any((old["shape"], old["model"]) == (shape, kind) for old in run.results["models"]):
+            run.results["models"].append(facts)
 
     def renew(self) -> None:
         """A new model: caches and captured graphs of `generate` hang on the old one."""
@@ -360,9 +365,12 @@ class ModelRun:
             layers = self.model.config.num_hidden_layers
             needed = batch * self.sizes["held"](position + 512) * (1 + 2 / layers)
             needed += self.activations * batch * min(position, PREFILL_PIECE)
+            measure = partial(self.measure_position, cache, ids, position)
+            if self.run.has(name, "positions"):
+                continue
             if needed > self.free:
                 self.run.leave_out(name, does_not_fit(needed, self.free))
-            elif not self.run.cell(name, lambda: self.measure_position(cache, ids, position), into="positions"):  # noqa: B023
+            elif not self.run.cell(name, measure, into="positions"):
                 break
 
     @torch.no_grad()
@@ -415,6 +423,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
+    parser.add_argument("--resume", action="store_true", help="measure only what the JSON in --output lacks")
     parser.add_argument("--plot-only", action="store_true", help="table and plot of the results that are there")
     args = parser.parse_args()
     if args.prompt < 1 or args.new_tokens < 2 or min([1, *args.batches, *args.llama_static_batches]) < 1:

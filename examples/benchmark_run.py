@@ -5,6 +5,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class Run:
         self.args, self.file_name, self.budget = args, f"{name}.json", budget
         self.started, self.lasted = time.perf_counter(), {}
         self.device = torch.device(args.device)
-        self.results = {**machine(self.device), **results, "left_out": []}
+        self.results = {**machine(self.device), **results, "runs": 1, "left_out": []}
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -121,6 +122,35 @@ class Run:
     def left(self) -> float | None:
         """Seconds of the budget; `None`: no end of them."""
         return max(0.0, self.budget - self.elapsed()) if self.budget else None
+
+    def resume(self, settings: list[str], is_asked_for: Callable[[dict], bool]) -> None:
+        """
+        Takes over what an earlier run has measured. Of what it left out, that which `is_asked_for` is tried again.
+
+        Raises:
+            SystemExit: there is none, it cannot be read, or it was on another card, with other versions or `settings`.
+        """
+        path = self.args.output / self.file_name
+        try:
+            old = json.loads(path.read_text())
+            differing = [
+                f"{name} was {old[name]} and is {self.results[name]}"
+                for name in ("device", "versions", *settings)
+                if old[name] != self.results[name]
+            ]
+            left_out = [cell for cell in old["left_out"] if not is_asked_for(cell)]
+        except FileNotFoundError:
+            sys.exit(f"--resume: there is no {path}. Leave the option out to begin.")
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f"--resume: {path} is not the result of a run ({type(error).__name__}: {error}).")
+        if differing:
+            sys.exit(f"--resume: {path} cannot be gone on with: {'; '.join(differing)}.")
+        self.results = {**old, "runs": old.get("runs", 1) + 1, "left_out": left_out}
+
+    def has(self, name: dict, into: str) -> bool:
+        """Whether an earlier run has measured the cell: what a cell is called says what kind of cell it is, too."""
+        others = {"batch", "position", "best", *name}
+        return any({key: cell[key] for key in others if key in cell} == name for cell in self.results[into])
 
     def write(self) -> None:
         self.results["seconds"] = self.elapsed()
@@ -139,6 +169,8 @@ class Run:
         A cell is not begun if it would outlast the budget: it is taken to last as long as the last one of its `kind`,
         or `guess` seconds.
         """
+        if self.has(name, into):
+            return True
         if self.budget and self.elapsed() + self.lasted.get(kind, guess) > self.budget:
             self.leave_out(name, "time limit")
             return True

@@ -82,7 +82,8 @@ def table(results: dict) -> str:
         f"and room for {results['new_tokens']:,} new ones, of which the first are timed, greedy. Limit: weights, "
         "states and windows of a step, each state read and written once (the lazy step writes it less often), over "
         f"the bandwidth of a copy, {results['copy_bytes_per_second'] / 1e9:,.0f} GB/s. Written by "
-        "`examples/benchmark_generation.py`, which says how each number comes about.",
+        "`examples/benchmark_generation.py`, which says how each number comes about"
+        + (f"; in {results['runs']} runs, each cell in one of them." if results.get("runs", 1) > 1 else "."),
     ]
     for shape in results["verified"]:
         models = [model for model in results["models"] if model["shape"] == shape]

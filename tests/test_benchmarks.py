@@ -38,6 +38,7 @@ def settings(tmp_path):
             "without_best": False,
             "without_llama": False,
             "time_limit": None,
+            "resume": False,
             "device": "cpu",
             "dtype": "bfloat16",
             "output": tmp_path,
@@ -192,6 +193,45 @@ def test_what_comes_too_late_is_named_and_reported_without_matplotlib(program, s
     program.write_report(late.args.output)
     assert "No plot: matplotlib is not installed" in capsys.readouterr().out
     assert (late.args.output / "generation.md").read_text().count(": time limit") == 12
+
+
+def test_a_run_is_gone_on_with(program, settings, monkeypatch, tmp_path):
+    """What is there stays as it is, what was left out is measured."""
+    monkeypatch.setattr(program, "verify", lambda shape, device: {})
+    run = program.GenerationRun(settings(batches=[1], positions=[256], without_llama=True, without_best=True))
+    run.shape("tiny")
+    run.leave_out({"shape": "tiny", "model": "based", "mode": "default", "batch": 3}, "time limit")
+    run.leave_out({"shape": "360m", "model": "based", "mode": "default", "batch": 3}, "time limit")
+    first = json.loads((tmp_path / "generation.json").read_text())
+
+    more = settings(batches=[1, 3], positions=[256, 600], without_llama=True, resume=True)
+    run = program.GenerationRun(more)
+    run.shape("tiny")
+    second = json.loads((tmp_path / "generation.json").read_text())
+    assert second["cells"][:1] == first["cells"]
+    assert second["positions"][:1] == first["positions"]
+    assert [(cell["batch"], cell.get("best")) for cell in second["cells"]] == [(1, None), (3, None), (5, True)]
+    assert [cell["position"] for cell in second["positions"]] == [256, 600]
+    assert [cell["shape"] for cell in second["left_out"]] == ["360m"]
+    assert len(second["models"]) == 1
+    assert second["copy_bytes_per_second"] == first["copy_bytes_per_second"]
+    program.write_report(tmp_path)
+    assert "; in 2 runs, each cell in one of them." in (tmp_path / "generation.md").read_text()
+
+
+def test_what_cannot_be_gone_on_with(program, settings, tmp_path):
+    with pytest.raises(SystemExit, match="--resume: there is no "):
+        program.GenerationRun(settings(resume=True))
+    program.GenerationRun(settings()).write()
+    for change, said in (
+        ({"prompt": 7}, "prompt was 40 and is 7"),
+        ({"dtype": "float32"}, "dtype was bfloat16 and is"),
+    ):
+        with pytest.raises(SystemExit, match=f"cannot be gone on with: {said}"):
+            program.GenerationRun(settings(resume=True, **change))
+    (tmp_path / "generation.json").write_text("{")
+    with pytest.raises(SystemExit, match="is not the result of a run"):
+        program.GenerationRun(settings(resume=True))
 
 
 def test_report_without_results_says_so(program, tmp_path):
