@@ -403,7 +403,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.3b", "360m"], help="in this order")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 128, 512])
     parser.add_argument(
-        "--llama-static-batches", type=int, nargs="*", default=[128], help="each compiles for a minute or two on a GPU"
+        "--llama-static-batches",
+        type=int,
+        nargs="*",
+        default=[1, 16, 128, 512],
+        help="each compiles for a minute or two on a GPU",
     )
     parser.add_argument("--positions", type=int, nargs="*", default=[256, 1024, 4096, 16384, 65536])
     parser.add_argument("--position-batch", type=int, default=POSITION_BATCH)

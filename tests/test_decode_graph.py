@@ -494,6 +494,24 @@ def test_gpu_512_steps_are_those_of_the_plain_path(model, replays, monkeypatch):
     assert torch.equal(got, model.generate(prompt(3), **options, **dynamic))
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("pads", [0, 4])
+def test_many_steps(model, replays, pads, sampling, monkeypatch):
+    """Past many folds of what waits beside the state, and turns of the ring."""
+    steps = 512
+    ids = prompt(3)
+    exists = torch.ones_like(ids)
+    exists[1, :pads] = 0
+    options = {"attention_mask": exists, "max_new_tokens": steps, "do_sample": False} | sampling
+    torch.manual_seed(0)
+    got = model.generate(ids, **options)
+    assert len(replays) == steps - 2
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lambda query, value: False)
+    torch.manual_seed(0)
+    assert torch.equal(got, model.generate(ids, cache_implementation="dynamic", **options))
+
+
 @pytest.mark.gpu
 def test_gpu_4096_steps_allocate_nothing(model):
     output = model.generate(prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
