@@ -191,7 +191,7 @@ class _Graph:
             ).logits
 
         self._replay, self._logits = record(forward, model.device)
-        if _names(step.cache) != [home.keys() for home in self._home]:
+        if _names(step.cache) != [tuple(home) for home in self._home]:
             raise RuntimeError(
                 "A recorded decoding step has made tensors for its cache, which every replay would empty."
             )
@@ -289,8 +289,8 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     return {"keys": layer.keys, "values": layer.values, "seen": layer.seen}
 
 
-def _names(cache: Cache) -> list:
-    return [_tensors(layer).keys() for layer in cache.layers]
+def _names(cache: Cache) -> list[tuple[str, ...]]:
+    return [tuple(_tensors(layer)) for layer in cache.layers]
 
 
 def _lives_at(layer, home: dict[str, torch.Tensor]) -> bool:
