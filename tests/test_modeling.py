@@ -718,3 +718,79 @@ def test_forward_errors_name_the_argument(tiny_model, arguments, message):
 def test_packed_rows_with_bounds_raise(tiny_model):
     with pytest.raises(ValueError, match="`cu_seq_lens_q`"):
         tiny_model()(tokens(2, 6), cu_seq_lens_q=torch.tensor([0, 3, 6]).int(), use_cache=False)
+
+
+def test_sequence_classification_goes_by_the_mask(tiny_model):
+    """Whatever stands where nothing exists, embeddings too, and whether the config has a token for it."""
+    model = tiny_model(BasedForSequenceClassification, num_labels=3, pad_token_id=None)
+    ids = tokens(2, 9).clamp_min(1)
+    mask = torch.ones_like(ids)
+    mask[0, 6:], mask[1, :2] = 0, 0
+    with torch.no_grad():
+        alone = torch.cat([model(ids[:1, :6]).logits, model(ids[1:, 2:]).logits])
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": model.model.embed_tokens(ids)}):
+            torch.testing.assert_close(model(**inputs, attention_mask=mask).logits, alone, atol=1e-5, rtol=0)
+    labels = torch.tensor([2, 0])
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(alone, labels))
+
+
+def test_sequence_classification_on_a_cache(tiny_model):
+    model = tiny_model(BasedForSequenceClassification, num_labels=3, pad_token_id=0)
+    ids = tokens(2, 9).clamp_min(1)
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        first = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+        second = model(ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+        torch.testing.assert_close(second.logits, whole, atol=1e-5, rtol=0)
+        mask[0, 5:] = 0
+        first = model(ids[:, :5], use_cache=True)
+        with pytest.raises(ValueError, match="no token among the new ones"):
+            model(ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize(
+    "documents", [{"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]])}, {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}]
+)
+def test_sequence_classification_of_packed_documents_is_refused(tiny_model, documents):
+    model = tiny_model(BasedForSequenceClassification, num_labels=3, pad_token_id=0)
+    with pytest.raises(ValueError, match="gives one answer a row"):
+        model(tokens(1, 6), **documents)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 6), (2, 6, 6), (2, 3), (6,), (1, 6)])
+def test_masks_of_other_shapes_are_refused_beside_positions(tiny_model, shape):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="`attention_mask` must be "):
+        model(tokens(2, 6), attention_mask=torch.ones(shape), position_ids=torch.arange(6)[None])
+
+
+def test_positions_that_count_padding_in_the_middle(tiny_model):
+    """A gap in the mask that the positions leave out as well is no other document."""
+    model = tiny_model()
+    ids, mask = tokens(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, 4:6] = 0
+    positions = torch.arange(12)[None]
+    kept = mask[0].bool()
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, kept]
+        alone = model(ids[:, kept], position_ids=positions[:, kept], seq_idx=torch.zeros(1, 10, dtype=torch.long))
+    torch.testing.assert_close(got, alone.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("hint", ["seq_idx", "cu_seq_lens_q"])
+def test_documents_are_not_told_of_on_a_warm_cache(tiny_model, hint):
+    model = tiny_model()
+    cache = model(tokens(1, 7), use_cache=True).past_key_values
+    told = torch.tensor([0, 5], dtype=torch.int32) if hint == "cu_seq_lens_q" else torch.ones(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="do not say whether the first document goes on"):
+        model(tokens(1, 5), past_key_values=cache, **{hint: told})
+
+
+def test_contradicting_documents_are_refused_under_a_mask_of_ones_too(tiny_model):
+    model = tiny_model()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    with pytest.raises(ValueError, match="tell of different documents"):
+        model(tokens(1, 6), attention_mask=torch.ones(1, 6), seq_idx=torch.zeros(1, 6).long(), position_ids=positions)

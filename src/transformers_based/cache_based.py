@@ -268,6 +268,11 @@ class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
     def get_max_length(self) -> int:
         return -1
 
+    def activate_past_recording(self) -> None:
+        raise RuntimeError(
+            "A ring holds its window and no more, nothing to take back: use a `DynamicCache` for `crop`."
+        )
+
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The last W - 1 keys and values, oldest first, behind anything where there are fewer."""
         slots = self.seen[:, :1, None] + torch.arange(-self.past_length(), 0, device=self.device)  # [B, 1, W - 1]

@@ -30,7 +30,12 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
@@ -788,8 +793,18 @@ def _packed_documents(
         ValueError: two of them tell of different documents, where no mask says which tokens exist.
     """
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
+    if attention_mask is not None and (
+        attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
+    ):
+        raise ValueError(
+            f"`attention_mask` must be [batch, past + new tokens], here {batch} rows of {length} or more; got "
+            f"{tuple(attention_mask.shape)}. Recurrent layers cannot follow a mask with more dimensions."
+        )
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
+    hints = sum(x is not None for x in (position_ids, seq_idx, cu_seq_lens))
+    if hints > 1 and attention_mask is not None and attention_mask.shape[1] == length and (attention_mask == 1).all():
+        attention_mask = None
     found = {}
     if cu_seq_lens is not None:
         ids = torch.searchsorted(cu_seq_lens[1:], torch.arange(length, device=device), right=True)[None]
@@ -797,13 +812,16 @@ def _packed_documents(
     if seq_idx is not None:
         found["seq_idx"] = seq_idx[:, 1:] != seq_idx[:, :-1]
     if position_ids is not None and length > 1 and (attention_mask is None or not found):
-        before = position_ids[:, :-1]
+        before, apart = position_ids[:, :-1], 1
         if attention_mask is not None:
             # The last token that exists before each; where there is none, no document has begun.
             exists = attention_mask[:, -length:].bool()
             last = torch.where(exists, torch.arange(length, device=device), -1).cummax(dim=1).values[:, :-1]
             before = position_ids.expand(batch, -1).gather(1, last.clamp_min(0))
-        starts = position_ids[:, 1:] - before != 1
+            # Positions may count padding too.
+            apart = torch.arange(1, length, device=device) - last
+        step = position_ids[:, 1:] - before
+        starts = (step != 1) & (step != apart)
         if attention_mask is not None:
             starts = starts & exists[:, 1:] & (last >= 0)
         found["position_ids"] = starts
@@ -1143,6 +1161,12 @@ class BasedModel(BasedPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config, batch_size=inputs_embeds.shape[0], new_tokens=length)
+            tells_of_documents = seq_idx is not None or kwargs.get("cu_seq_lens_q") is not None
+            if tells_of_documents and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "`seq_idx` and `cu_seq_lens_q` do not say whether the first document goes on from "
+                    "`past_key_values`: leave them out if it does, and the cache if it does not."
+                )
 
         if masks is None:
             masks = _make_masks(
@@ -1414,13 +1438,70 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 class _BuiltThroughAutoModel:
     """The generic heads ask AutoModel for their model; as remote code, nobody has told it which that is."""
 
+    # Their losses are means over a batch, which Trainer then divides where it accumulates several.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: BasedConfig):
         AutoModel.register(type(config), BasedModel, exist_ok=True)
         super().__init__(config)
 
 
 class BasedForSequenceClassification(_BuiltThroughAutoModel, GenericForSequenceClassification, BasedPreTrainedModel):
-    pass
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            The class of each row, or its value.
+
+        A row is told by its last token: the last that exists by `attention_mask`, else the last that is not
+        `config.pad_token_id`.
+        """
+        arguments = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        _check_one_text_a_row(self, input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
+        if attention_mask is None:
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels, **arguments)
+        outputs = self.model(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **arguments
+        )
+        hidden_states = outputs.last_hidden_state
+        batch, length, _ = hidden_states.shape
+        exists = attention_mask[:, -length:] == 1
+        if attention_mask.shape[1] > length and not exists.any(dim=1).all():
+            raise ValueError("A row has no token among the new ones: the one that tells its class is in the past.")
+        last = (torch.arange(length, device=exists.device) * exists).argmax(dim=1)
+        logits = self.score(hidden_states)
+        pooled_logits = logits[torch.arange(batch, device=logits.device), last.to(logits.device)]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_one_text_a_row(model, input_ids, inputs_embeds, attention_mask, position_ids, kwargs) -> None:
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None:
+        return
+    bounds = _checked_bounds(tokens, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    if _packed_documents(tokens, attention_mask, position_ids, kwargs.get("seq_idx"), bounds) is not None:
+        raise ValueError(
+            f"{type(model).__name__} gives one answer a row, and documents are packed here: give each a row of its own."
+        )
 
 
 class BasedForTokenClassification(_BuiltThroughAutoModel, GenericForTokenClassification, BasedPreTrainedModel):
