@@ -15,7 +15,7 @@ from transformers import StaticCache, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationMixin, StoppingCriteria
 from word_tokenizer import word_tokenizer
 
-from transformers_based import BasedForCausalLM, TaylorCacheLayer, decode_graph, modeling_based, ops
+from transformers_based import BasedForCausalLM, CacheSnapshot, TaylorCacheLayer, decode_graph, modeling_based, ops
 
 
 GPU = torch.cuda.is_available()
@@ -69,6 +69,7 @@ def record_without_gpu(forward, cache):
     for layer in layers:
         if isinstance(layer, TaylorCacheLayer):
             layer.recurrent_states = dict(layer.recurrent_states)
+            layer.has_previous_state = dict(layer.has_previous_state)
 
     @contextmanager
     def at_home():
@@ -374,6 +375,72 @@ def test_a_cache_that_was_reset(model):
     cache.reset()
     assert torch.equal(model.generate(prompt(), past_key_values=cache, **options), expected)
     assert torch.equal(model.generate(prompt(), **options), expected)
+
+
+@pytest.mark.parametrize("way", ["reset", "restored"])
+def test_a_cache_that_has_given_up_a_part_of_its_home(model, way):
+    """Its state is at home still, and must move out with the rest."""
+    options = {"max_new_tokens": 6, "do_sample": False}
+    text = torch.cat([prompt(), prompt(seed=3)], dim=1)
+    expected = plainly(model, text, **options)
+    model.generate(prompt(), **options)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+    snapshot = CacheSnapshot(cache)
+    model.generate(text, past_key_values=cache, **options)
+    if way == "restored":
+        snapshot.restore(cache)
+    else:
+        cache.reset()
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+    model.generate(prompt(seed=7), **options)
+    assert torch.equal(model.generate(text, past_key_values=cache, **options), expected)
+
+
+def test_a_cache_of_two_models(model):
+    """What lives in the graph of one is copied into that of the other."""
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    twin = copy.deepcopy(model)
+
+    def go_on(output, seed):
+        return torch.cat([output.sequences, prompt(seed=seed)], dim=1)
+
+    first = model.generate(prompt(), **options)
+    twin.generate(go_on(first, 4), past_key_values=first.past_key_values, **options)
+    second = model.generate(prompt(seed=1), **options)
+    twin.generate(prompt(seed=2), **options)
+    text = go_on(second, 5)
+    expected = plainly(model, text, **options).sequences
+    assert torch.equal(model.generate(text, past_key_values=second.past_key_values, **options).sequences, expected)
+
+
+def test_gradients_and_inference_mode_leave_nothing_at_home(model):
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(prompt(), **options)
+    model(prompt(seed=1), past_key_values=first.past_key_values)
+    with torch.inference_mode():
+        model.generate(prompt(seed=2), **options)
+    text = torch.cat([first.sequences[:, :-1], prompt(seed=1), prompt(seed=3)], dim=1)
+    expected = plainly(model, text, **options).sequences
+    assert torch.equal(model.generate(text, past_key_values=first.past_key_values, **options).sequences, expected)
+    last = model.generate(prompt(seed=4), **options).past_key_values
+    assert not any(x.requires_grad for layer in last.layers for x in decode_graph._tensors(layer).values())
+
+
+def test_the_backend_changes_between_two_turns(model, monkeypatch):
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    lazily = modeling_based.is_lazy_step_faster
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    if not GPU:
+        monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lambda query, value: False)
+    first = model.generate(prompt(), **options)
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "auto")
+    monkeypatch.setattr(modeling_based, "is_lazy_step_faster", lazily)
+    text = torch.cat([first.sequences, prompt(seed=1)], dim=1)
+    expected = plainly(model, text, **options).sequences
+    assert torch.equal(model.generate(text, past_key_values=first.past_key_values, **options).sequences, expected)
 
 
 def test_what_a_recording_makes_is_refused(model, monkeypatch):

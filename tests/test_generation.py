@@ -277,6 +277,41 @@ def test_crop_takes_back_what_waits_beside_the_state(tiny_model):
             cache.crop(-10)
 
 
+def test_a_look_at_the_state_leaves_what_a_crop_may_take_back(tiny_model):
+    model = tiny_model(layer_types=PATTERNS[0])
+    ids, wrong = tokens(2, 16), tokens(2, 4, seed=8)
+    index = model.config.layer_types.index("linear_attention")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 9:]
+        model(ids[:, :9], past_key_values=cache)
+        before = cache.layers[index].state.clone()
+        cache.activate_past_recording()
+        model(wrong, past_key_values=cache)
+        assert not torch.equal(cache.layers[index].state, before)
+        cache.crop(-4)
+        torch.testing.assert_close(cache.layers[index].state, before)
+        got = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_static_cache_gives_no_token_back(tiny_model, adopted):
+    """And says so before a layer has given back what another cannot."""
+    model = tiny_model(layer_types=PATTERNS[0])
+    assert "sliding_attention" in PATTERNS[0]
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        if adopted:
+            model(tokens(2, 9), past_key_values=cache)
+            with pytest.raises(RuntimeError, match="so none can be taken back"):
+                cache.activate_past_recording()
+        else:
+            cache.activate_past_recording()
+        with pytest.raises(ValueError, match="so none can be taken back"):
+            model(tokens(2, 9), past_key_values=cache)
+
+
 def test_crop_with_masks_in_some_forwards_only(tiny_model):
     model = tiny_model(layer_types=PATTERNS[0])
     ids, cache = tokens(2, 20), DynamicCache(config=model.config)

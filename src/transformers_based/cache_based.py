@@ -26,6 +26,10 @@ from transformers.cache_utils import (
 from .taylor_attention import fold_pending
 
 
+_RING_GIVES_NOTHING_BACK = (
+    "The window of a static cache holds no token that it has moved past, so none can be taken back"
+)
+
 # Tokens that wait beside a state. More of them save writes of the state and cost reads of the tokens.
 NUM_PENDING = 32
 
@@ -70,9 +74,13 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
         """The state, or `None` before the first token."""
         if not self.has_previous_state[0]:
             return None
+        state, pending = self.recurrent_states[0], self.pending.values()
+        if self.held:
+            # They may be taken back from where they wait.
+            state, pending = state.clone(), [x.clone() for x in pending]
         if self.pending:
-            fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.scale)
-        return self.recurrent_states[0]
+            fold_pending(state, *pending, scale=self.scale)
+        return state
 
     def read(self, *shape: int) -> torch.Tensor | None:
         """The state, or `None` before the first token. Raises `ValueError` if the mixer needs one of another shape."""
@@ -269,9 +277,7 @@ class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
         return -1
 
     def activate_past_recording(self) -> None:
-        raise RuntimeError(
-            "A ring holds its window and no more, nothing to take back: use a `DynamicCache` for `crop`."
-        )
+        raise RuntimeError(f"{_RING_GIVES_NOTHING_BACK}: use a `DynamicCache` for `crop`.")
 
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The last W - 1 keys and values, oldest first, behind anything where there are fewer."""
@@ -396,6 +402,9 @@ def adopt_cache(cache: Cache, config, batch_size: int | None = None, new_tokens:
                 f"{config.sliding_window}, and more are to come. Use a new cache with this model's config and a longer "
                 "`max_cache_len`."
             )
+    has_ring = any(isinstance(layer, WindowCacheLayer) or _becomes_ring(layer, config) for layer in layers)
+    if has_ring and any(getattr(layer, "record_past", False) for layer in layers):
+        raise ValueError(f"{_RING_GIVES_NOTHING_BACK}: use a `DynamicCache` for `crop`.")
 
     if layers is not cache.layers:
         cache.layers, cache.layer_class_to_replicate = layers, None

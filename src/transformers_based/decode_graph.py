@@ -75,6 +75,7 @@ class DecodeGraphs:
             fingerprint = _fingerprint(self._model())
             if fingerprint != self._fingerprint:
                 self._graphs.clear()
+                self._has_stepped.clear()
                 self._last = None
                 self._fingerprint = fingerprint
 
@@ -174,10 +175,10 @@ class _Step:
 class _Graph:
     def __init__(self, model: nn.Module, step: _Step):
         self._inputs = [x.clone() for x in step.tensors]
-        # The cache that brings the first step lives at home from the start.
+        # The cache that brings the first step is the first to live there. What it held may be another graph's home.
         self._home = []
         for layer in step.cache.layers:
-            self._home.append({name: x.clone() if x.is_inference() else x for name, x in _tensors(layer).items()})
+            self._home.append({name: x.detach().clone() for name, x in _tensors(layer).items()})
             _move(layer, self._home[-1])
         self._tenant = weakref.ref(step.cache)
         input_ids, position_ids, exists = self._inputs
@@ -226,18 +227,23 @@ class _Graph:
     def _move_in(self, cache: Cache) -> None:
         if all(map(_lives_at, cache.layers, self._home)):
             return
-        tenant = self._tenant()
-        if tenant is not None:
-            for layer, home in zip(tenant.layers, self._home):
-                if _lives_at(layer, home):
-                    _move(layer, {name: x.clone() for name, x in home.items()})
-        for layer, home in zip(cache.layers, self._home):
-            tensors = _tensors(layer)
-            for name, x in home.items():
-                # A cache that has made no step yet has no tokens waiting.
-                x.copy_(tensors[name]) if name in tensors else x.zero_()
-            _move(layer, home)
-        self._tenant = weakref.ref(cache)
+        # A forward with gradients, or in `torch.inference_mode`, must leave nothing of that behind.
+        with torch.inference_mode(False), torch.no_grad():
+            tenant = self._tenant()
+            if tenant is not None:
+                for layer, home in zip(tenant.layers, self._home):
+                    # Of a cache that was reset only a part may still be here.
+                    held = _tensors(layer)
+                    if any(held.get(name) is x for name, x in home.items()):
+                        _move(layer, {name: x.clone() if x is home.get(name) else x for name, x in held.items()})
+            for layer, home in zip(cache.layers, self._home):
+                tensors = _tensors(layer)
+                for name, x in home.items():
+                    x.detach_()
+                    # A cache that has made no step yet has no tokens waiting.
+                    x.copy_(tensors[name]) if name in tensors else x.zero_()
+                _move(layer, home)
+            self._tenant = weakref.ref(cache)
 
 
 def step_masks(exists: torch.Tensor) -> dict[str, torch.Tensor | None]:
