@@ -15,7 +15,15 @@ from transformers import StaticCache, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationMixin, StoppingCriteria
 from word_tokenizer import word_tokenizer
 
-from transformers_based import BasedForCausalLM, CacheSnapshot, TaylorCacheLayer, decode_graph, modeling_based, ops
+from transformers_based import (
+    BasedForCausalLM,
+    CacheSnapshot,
+    TaylorCacheLayer,
+    cache_based,
+    decode_graph,
+    modeling_based,
+    ops,
+)
 
 
 GPU = torch.cuda.is_available()
@@ -493,6 +501,33 @@ def test_threads(model, warm):
     for thread in threads:
         thread.join()
     assert all(torch.equal(*pair) for pair in zip(results, expected))
+
+
+def test_a_thread_waits_while_another_reads_a_prompt_into_its_home(model, monkeypatch):
+    """Else it would move that cache out between the writes of the keys and of the values."""
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    model.generate(prompt(seed=9), **options)
+    first = model.generate(prompt(), **options)
+    text = torch.cat([first.sequences, prompt(seed=4)], dim=1)
+    expected = plainly(model, text, **options).sequences
+    other = plainly(model, prompt(seed=5), **options).sequences
+    results, threads, at_slots = [], [], cache_based._at_slots
+
+    def interrupted(x, slots):
+        is_ours = threading.current_thread() is threading.main_thread()
+        if is_ours and not threads and x.shape[2] == prompt().shape[1] + 1:
+            threads.append(
+                threading.Thread(target=lambda: results.append(model.generate(prompt(seed=5), **options).sequences))
+            )
+            threads[0].start()
+            threads[0].join(timeout=2)
+        return at_slots(x, slots)
+
+    monkeypatch.setattr(cache_based, "_at_slots", interrupted)
+    got = model.generate(text, past_key_values=first.past_key_values, **options).sequences
+    threads[0].join()
+    assert torch.equal(got, expected)
+    assert torch.equal(results[0], other)
 
 
 def test_a_model_with_graphs_is_copied_and_saved(model, tmp_path):

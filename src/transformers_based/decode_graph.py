@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -39,6 +40,17 @@ _LOOKS_AT_POSITIONS = ("dynamic", "longrope")
 
 # Modules of these Python packages do the same at every call.
 _KNOWN = ("torch.nn.modules.", "transformers.activations", "transformers.models.llama.", f"{__package__}.")
+
+
+# Of a cache that has lived in a graph's home, what keeps other threads from moving it out.
+_LOCKS: weakref.WeakKeyDictionary[Cache, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def stays_at_home(cache: Cache | None) -> AbstractContextManager:
+    """While the model runs as usual on a cache that lives in a graph's home, nobody moves it out between two writes."""
+    if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+        return nullcontext()
+    return _LOCKS.get(cache) or nullcontext()
 
 
 class DecodeGraphs:
@@ -104,6 +116,7 @@ class DecodeGraphs:
                 if len(self._graphs) > MAX_GRAPHS:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(batch)
+            _LOCKS[cache] = self._lock
             output = self._graphs[batch].run(step)
             self._last = self._graphs[batch], weakref.ref(cache)
             return output

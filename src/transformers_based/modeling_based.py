@@ -52,7 +52,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
-from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, step_masks
+from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, stays_at_home, step_masks
 from .integrations_based import register_integrations
 from .kernel_builds import build_kernels
 from .loss_based import causal_lm_loss, check_labels
@@ -1276,16 +1276,17 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         >>> inputs = tokenizer("Linear attention is", return_tensors="pt")
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
         ```"""
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
+        with stays_at_home(past_key_values):
+            outputs: BaseModelOutputWithPast = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                seq_idx=seq_idx,
+                **kwargs,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss, shift_labels = None, kwargs.get("shift_labels")
