@@ -451,6 +451,12 @@ def test_sizes_beyond_the_kernel_of_the_window_step(everywhere, tiny_model, use_
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_limits_are_those_of_the_kernels():
+    checks = pytest.importorskip("based_kernels.checks", reason="the fused kernels need Triton")
+    ours = ops._MAX_HEAD_DIM, ops._MAX_STEP_HEAD_DIM, ops._MAX_STEP_WINDOW, ops._MAX_NORM_DIM
+    assert ours == (checks.MAX_SLIDING_HEAD_DIM, checks.MAX_HEAD_DIM, checks.MAX_WINDOW, checks.MAX_NORM_DIM)
+
+
 def test_norms_wider_than_the_kernel(everywhere, use_backend):
     use_backend("triton")
     torch.manual_seed(0)

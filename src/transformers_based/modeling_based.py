@@ -674,10 +674,7 @@ def _checked(
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     expected = (inputs_embeds.shape[0], past_length + inputs_embeds.shape[1])
     if attention_mask.shape != expected:
-        raise ValueError(
-            f"`attention_mask` must be [batch, past + new tokens] = {expected}; got {tuple(attention_mask.shape)}. "
-            "Recurrent layers cannot follow a mask with more dimensions."
-        )
+        raise _wrong_mask(f"here {expected}", attention_mask)
     exists = attention_mask == 1
     if looks:
         if exists.all():
@@ -685,6 +682,13 @@ def _checked(
         if not (exists | (attention_mask == 0)).all():
             raise ValueError("`attention_mask` must hold 1 for tokens that exist and 0 for padding, nothing else.")
     return exists
+
+
+def _wrong_mask(fits: str, attention_mask: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"`attention_mask` must be [batch, past + new tokens], {fits}; got {tuple(attention_mask.shape)}. Recurrent "
+        "layers cannot follow a mask with more dimensions."
+    )
 
 
 def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
@@ -796,10 +800,7 @@ def _packed_documents(
     if attention_mask is not None and (
         attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length
     ):
-        raise ValueError(
-            f"`attention_mask` must be [batch, past + new tokens], here {batch} rows of {length} or more; got "
-            f"{tuple(attention_mask.shape)}. Recurrent layers cannot follow a mask with more dimensions."
-        )
+        raise _wrong_mask(f"here {batch} rows of {length} or more", attention_mask)
     if seq_idx is not None and seq_idx.shape != (batch, length):
         raise ValueError(f"`seq_idx` must be [batch, tokens] = {(batch, length)}; got {tuple(seq_idx.shape)}.")
     hints = sum(x is not None for x in (position_ids, seq_idx, cu_seq_lens))
