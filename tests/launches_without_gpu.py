@@ -71,7 +71,7 @@ def main():
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0
         model._decode_graphs = None
-        parts = [launched(op) for op in ops_of(config, model.dtype, model.device, padding > 0)]
+        parts = [launched(op) for op in ops_of(config, model.dtype, model.device, len(ids), padding > 0)]
         built = set().union(*parts)
         assert len(built) == sum(map(len, parts)), "two ops launch the same kernel"
         needed = launched(model.generate, ids, attention_mask=mask, do_sample=False, min_new_tokens=4, max_new_tokens=4)

@@ -4,6 +4,7 @@
 Without a GPU the kernel runs in Triton's interpreter.
 """
 
+import functools
 import importlib
 
 import pytest
@@ -21,6 +22,7 @@ from kernel_checks import (
     assert_exact,
     assert_gradients_compile_whole,
     assert_graph_replays,
+    assert_refuses_gradients,
     draw,
     gradients,
     on_gpu,
@@ -28,7 +30,7 @@ from kernel_checks import (
     rms_error,
 )
 
-from based_kernels import rms_norm
+from based_kernels import rms_norm, rms_norm_of_parts
 from transformers_based import ops
 from transformers_based.modeling_based import BasedRMSNorm
 
@@ -197,6 +199,87 @@ def bad_calls():
 def test_errors_name_the_argument_and_the_fix(name, error, fix, call):
     with pytest.raises(error, match=rf"^{name}: got .*{fix}"):
         call()
+
+
+def make_parts(shape, P, dtype, residual_dtype, has_bias=True):
+    """Parts, weight, residual, bias."""
+    _, weight, residual = make(shape, dtype, residual_dtype)
+    return draw(P, *shape, seed=3), weight, residual, draw(shape[-1], dtype=dtype, seed=4) if has_bias else None
+
+
+def compare_parts(parts, weight, residual, bias, **options):
+    """Plain PyTorch knows no parts: it rounds their sum to the dtype of the layers, then adds it to the stream."""
+    exact = residual.double() + parts.double().sum(0) + (0 if bias is None else bias.double())
+    rounded = parts.sum(0).to(weight.dtype) if bias is None else (parts.sum(0) + bias).to(weight.dtype)
+    plain_total = residual + rounded
+    with torch.no_grad():
+        normed, total = rms_norm_of_parts(parts, weight, EPS, residual=residual, bias=bias, **options)
+    assert_exact(total, plain_total, exact)
+    assert_exact(normed, plain(plain_total, weight, EPS), oracle(exact, weight, EPS))
+    return normed, total
+
+
+@pytest.mark.parametrize(("shape", "P"), [((1, 1, 80), 1), ((3, 1, 7), 2), ((2, 3, 1, 600), 4), ((24,), 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts(monkeypatch, shape, P, dtype):
+    poison_outputs(monkeypatch)
+    for residual_dtype in dict.fromkeys((torch.float32, dtype)):
+        for has_bias in (False, True):
+            compare_parts(*make_parts(shape, P, dtype, residual_dtype, has_bias))
+
+
+def test_parts_in_place_and_of_any_stride():
+    parts, weight, residual, bias = make_parts((3, 2, 24), 4, torch.float16, torch.float32)
+    want = compare_parts(parts, weight, residual, bias)
+    odd = torch.nn.functional.pad(parts, (3, 2))[..., 3:-2]
+    swapped = parts.transpose(0, 2).contiguous().transpose(0, 2)
+    for change in (odd, swapped):
+        got = compare_parts(change, weight, residual, bias.repeat_interleave(2)[::2])
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    with torch.no_grad():
+        normed, total = rms_norm_of_parts(parts, weight, EPS, residual=residual, bias=bias, in_place=True)
+    assert total is residual
+    assert torch.equal(total, want[1])
+    assert torch.equal(normed, want[0])
+
+
+def bad_calls_of_parts():
+    def replace(**changes):
+        def call():
+            names = ("parts", "weight", "residual", "bias")
+            arguments = dict(zip(names, make_parts((2, 1, 24), 4, torch.bfloat16, torch.float32)), eps=EPS)
+            arguments.update({name: change(arguments.get(name)) for name, change in changes.items()})
+            with torch.no_grad():
+                return rms_norm_of_parts(**arguments)
+
+        return call
+
+    return [
+        ("parts", ValueError, "torch.float32 of shape", replace(parts=lambda x: x.half())),
+        ("parts", ValueError, r"\[P, .., C\] with P up to 16", replace(parts=lambda x: x[:1].repeat(17, 1, 1, 1))),
+        ("parts", ValueError, r"\[P, .., C\]", replace(parts=lambda x: x[0, 0, 0])),
+        ("parts", TypeError, "a tensor", replace(parts=lambda x: None)),
+        ("residual", TypeError, "a tensor", replace(residual=lambda x: None)),
+        ("residual", ValueError, "shape of hidden_states", replace(residual=lambda x: x[:1])),
+        ("residual", ValueError, "torch.bfloat16 and contiguous", replace(residual=torch.t, in_place=lambda x: True)),
+        ("weight", ValueError, r"\[24\]", replace(weight=lambda x: x[:8])),
+        ("bias", ValueError, "shape of weight", replace(bias=lambda x: x[:8])),
+        ("bias", TypeError, "float32 or float16 or bfloat16", replace(bias=lambda x: x.double())),
+    ]
+
+
+@pytest.mark.parametrize(("name", "error", "fix", "call"), bad_calls_of_parts())
+def test_errors_of_parts_name_the_argument_and_the_fix(name, error, fix, call):
+    with pytest.raises(error, match=rf"^{name}: got .*{fix}"):
+        call()
+
+
+def test_parts_refuse_gradients():
+    parts, weight, residual, bias = make_parts((1, 24), 2, torch.float32, torch.float32)
+    call = functools.partial(rms_norm_of_parts, parts, weight, EPS, residual=residual, bias=bias)
+    for name, x in (("parts", parts), ("weight", weight), ("residual", residual), ("bias", bias)):
+        assert_refuses_gradients(call, name, x)
+        x.requires_grad_(False)
 
 
 def exact_sum_and_norm(hidden_states, weight, residual):
@@ -372,6 +455,26 @@ def test_gpu_model_size(monkeypatch, B, dtype):
 @pytest.mark.parametrize("C", [1, 7, 24, 1000, 4096, 16383, 16384])
 def test_gpu_sizes(C):
     compare(*make((3, C), torch.bfloat16, torch.float32))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "P"), [(1, 4), (3, 1), (128, 4), (128, 16)])
+def test_gpu_parts(monkeypatch, B, P, dtype):
+    poison_outputs(monkeypatch)
+    for residual_dtype in dict.fromkeys((torch.float32, dtype)):
+        compare_parts(*make_parts((B, 1, C), P, dtype, residual_dtype))
+
+
+@on_gpu
+def test_gpu_parts_in_a_cuda_graph():
+    parts, weight, residual, bias = make_parts((128, 1, C), 4, torch.bfloat16, torch.float32)
+
+    def call():
+        with torch.no_grad():
+            return rms_norm_of_parts(parts, weight, EPS, residual=residual, bias=bias, in_place=True)
+
+    assert_graph_replays(call, residual)
 
 
 @on_gpu

@@ -429,21 +429,27 @@ def test_forward(way, dtype, batch, backend, oracle):
 
 @torch.no_grad()
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the whole table takes these kernels")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("way", ["static cache, pieces and steps", "padding in a continued turn, static"])
-def test_every_kernel_of_a_step(way, monkeypatch, oracle):
+def test_every_kernel_of_a_step(way, dtype, monkeypatch, oracle):
     """In Triton's interpreter, a few steps of the model with all of its fused ops."""
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "triton")
     monkeypatch.setattr(backend_choice, "INTERPRETS_ALL", True)
     monkeypatch.setattr(cache_based, "NUM_PENDING", 16)
-    model, lazy = build(), []
-    fused = modeling_based.taylor_attention_lazy_step
+    model, lazy, parts = build(DTYPES[dtype]), [], []
+    fused, add_parts = modeling_based.taylor_attention_lazy_step, backend_choice.based_kernels.rms_norm_of_parts
     monkeypatch.setattr(modeling_based, "taylor_attention_lazy_step", lambda *a, **k: lazy.append(1) or fused(*a, **k))
+    monkeypatch.setattr(
+        backend_choice.based_kernels, "rms_norm_of_parts", lambda *a, **k: parts.append(1) or add_parts(*a, **k)
+    )
     run = {**FORWARD, "static cache, pieces and steps": in_pieces(17, 1, 1, 1, 1, cache_of=static_cache)}[way]
     rows, logits, cache = run(model, rows_of(2), PAD)
     assert_logits(logits, rows, model, oracle)
-    assert_states(cache, rows, model)
+    if dtype == "fp32":
+        assert_states(cache, rows, model)
     assert len(lazy) >= 7
+    assert bool(parts) == (dtype == "fp16")
 
 
 @torch.no_grad()

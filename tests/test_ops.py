@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from kernel_checks import rms_error
 from programs import run_python
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,6 +121,66 @@ def test_projections_that_stay_plain(monkeypatch, why):
     if why == "backward hook":
         outputs[0].sum().backward()
     assert calls == ["hook"] * ("hook" in why)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "parts"), [((1, 1, 32), 4), ((64, 1, 96), 4), ((65, 1, 48), 2), ((2, 128, 32), 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_parts(everywhere, monkeypatch, dtype, shape, parts, bias):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "triton")
+    torch.manual_seed(0)
+    projection = nn.Linear(shape[-1], 24, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    made = ops.project_out(x, projection, may_be_parts=True)
+    assert made.sums.shape == (parts, *shape[:-1], 24)
+    assert made.sums.dtype == torch.float32
+    assert made.bias is projection.bias
+    exact, plain = copy.deepcopy(projection).double()(x.double()), projection(x)
+    total = made.sums.double().sum(0) + (0 if made.bias is None else made.bias.double())
+    assert rms_error(total, exact) <= min(rms_error(plain, exact), 1e-6)
+    torch.testing.assert_close(made.added_up(dtype), plain)
+    assert isinstance(ops.project_out(x, projection), torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "why", ["adapter", "hook", "fp32", "weights in fp32", "autocast", "torch", "CPU", "gradients", "tokens", "size"]
+)
+def test_products_that_stay_in_one(monkeypatch, why):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(backend, "INTERPRETS_ALL", why != "CPU")
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch" if why == "torch" else "triton")
+    dtype = torch.float32 if why == "fp32" else torch.bfloat16
+    projection = nn.Linear(40 if why == "size" else 32, 8, dtype=torch.float32 if "weights" in why else dtype)
+    x = torch.randn(257 if why == "tokens" else 2, 1, projection.in_features, dtype=dtype)
+    if why == "adapter":
+        projection = nn.Sequential(projection)
+    calls = []
+    if why == "hook":
+        projection.register_forward_hook(lambda *arguments: calls.append(1))
+    if why == "weights in fp32":
+        # as Liger and FSDP leave it to the module, so it is left to the module here
+        monkeypatch.setattr(
+            nn.Linear, "forward", lambda self, x: nn.functional.linear(x.float(), self.weight, self.bias)
+        )
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"), torch.set_grad_enabled(why == "gradients"):
+        made = ops.project_out(x, projection, may_be_parts=True)
+    assert isinstance(made, torch.Tensor)
+    assert calls == [1] * (why == "hook")
+
+
+@torch.no_grad()
+def test_parts_that_meet_plain_pytorch(monkeypatch):
+    """The norm adds them up itself where its kernel does not run."""
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    torch.manual_seed(0)
+    sums, bias, weight = torch.randn(4, 2, 1, 24), torch.randn(24).bfloat16(), torch.randn(24).bfloat16()
+    residual = torch.randn(2, 1, 24)
+    want_normed, want_total = ops.rms_norm((sums.sum(0) + bias).bfloat16(), weight, 1e-5, residual)
+    normed, total = ops.rms_norm(ops.Parts(sums, bias), weight, 1e-5, residual.clone(), in_place=True)
+    torch.testing.assert_close(total, want_total)
+    torch.testing.assert_close(normed, want_normed)
 
 
 def test_weights_inside_of_something_larger_stay_there():

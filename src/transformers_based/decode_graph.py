@@ -6,7 +6,8 @@ size. A graph works on tensors at fixed addresses, its home; a cache moves in wi
 that lived there moves out, if somebody still holds it. So any number of caches may take turns, at the price of a copy.
 
 `generate` waits for the GPU after every token to ask whether to stop. By then the graph of the next step is on its way,
-on a stream of its own (`run_ahead`): if there is no next step, its result is not asked for.
+on a stream of its own (`run_ahead`): if there is no next step, its result is not asked for. The graph ends where the
+logits begin: these are made anew for every step, which is cheaper than a copy of what the next replay would overwrite.
 
 A graph repeats what was recorded. It is thrown away when anything that it depends on is no longer as it was then, and
 models with parts that may act differently from call to call (adapters, hooks, quantized weights) are not recorded.
@@ -51,6 +52,10 @@ def stays_at_home(cache: Cache | None) -> AbstractContextManager:
     if not isinstance(cache, Cache) or torch.compiler.is_compiling():
         return nullcontext()
     return _LOCKS.get(cache) or nullcontext()
+
+
+class RecordedStep(CausalLMOutputWithPast):
+    """What a recorded step gives; the next one asks for no more than the last column of mask and positions."""
 
 
 class DecodeGraphs:
@@ -99,7 +104,7 @@ class DecodeGraphs:
             if cache is not None and cache in self._ready:
                 if step is None:
                     raise RuntimeError("The next step of this cache has been made ahead, for one token a row alone.")
-                return CausalLMOutputWithPast(logits=self._ready.pop(cache), past_key_values=cache)
+                return RecordedStep(logits=self._ready.pop(cache), past_key_values=cache)
             self._last = None
             if step is None:
                 return self._model()(**inputs)
@@ -148,11 +153,10 @@ class AheadOfTheStop(StoppingCriteriaList):
         self._model, self._cache = model, cache
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        is_done = super().__call__(input_ids, scores, **kwargs)
         graphs, max_length = self._model._decode_graphs, self.max_length
         if graphs is not None and (max_length is None or input_ids.shape[1] < max_length):
             graphs.run_ahead(self._cache, input_ids[:, -1:])
-        return is_done
+        return super().__call__(input_ids, scores, **kwargs)
 
 
 class _Step:
@@ -194,17 +198,18 @@ class _Graph:
             self._home.append({name: x.detach().clone() for name, x in _tensors(layer).items()})
             _move(layer, self._home[-1])
         self._tenant = weakref.ref(step.cache)
+        self._head = model.lm_head
         input_ids, position_ids, exists = self._inputs
 
         def forward():
-            return model(
+            return model.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 attention_mask=step_masks(exists),
                 past_key_values=step.cache,
-            ).logits
+            ).last_hidden_state
 
-        self._replay, self._logits = record(forward, model.device)
+        self._replay, self._hidden_states = record(forward, model.device)
         if _names(step.cache) != [tuple(home) for home in self._home]:
             raise RuntimeError(
                 "A recorded decoding step has made tensors for its cache, which every replay would empty."
@@ -214,14 +219,14 @@ class _Graph:
         for layer in step.cache.layers:
             layer.count(-1)
 
-    def run(self, step: _Step) -> CausalLMOutputWithPast:
+    def run(self, step: _Step) -> RecordedStep:
         self._move_in(step.cache)
         for held, new in zip(self._inputs, step.tensors):
             held.copy_(new)
         self._replay()
         for layer in step.cache.layers:
             layer.count(1)
-        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+        return RecordedStep(logits=self._make_logits(), past_key_values=step.cache)
 
     def start_next(self, tokens: torch.Tensor) -> None:
         """Begins a step like the last one, on the tokens that follow, beside the current stream."""
@@ -235,7 +240,11 @@ class _Graph:
         self._aside.join()
         for layer in cache.layers if cache is not None else ():
             layer.count(1)
-        return self._logits.clone()
+        return self._make_logits()
+
+    def _make_logits(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self._head(self._hidden_states)
 
     def _move_in(self, cache: Cache) -> None:
         if all(map(_lives_at, cache.layers, self._home)):

@@ -52,11 +52,20 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
-from .decode_graph import AheadOfTheStop, DecodeGraphs, has_begun, obstacle_to_graphs, stays_at_home, step_masks
+from .decode_graph import (
+    AheadOfTheStop,
+    DecodeGraphs,
+    RecordedStep,
+    has_begun,
+    obstacle_to_graphs,
+    stays_at_home,
+    step_masks,
+)
 from .integrations_based import register_integrations
 from .kernel_builds import build_kernels
 from .loss_based import causal_lm_loss, check_labels
 from .ops import (
+    Parts,
     at_least_fp32,
     can_attend_fused,
     can_convolve_fused,
@@ -65,8 +74,10 @@ from .ops import (
     gated_short_conv,
     gated_short_conv_step,
     is_transformed,
+    is_watched,
     lay_side_by_side,
     project,
+    project_out,
     rms_norm,
     rotate,
     sliding_attention,
@@ -123,7 +134,7 @@ class BasedRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
+        self, hidden_states: torch.Tensor | Parts, residual: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
         Of any dtype, in fp32 or better; the result has the weight's dtype, since the residual stream may be fp32. With
@@ -148,11 +159,11 @@ class BasedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.is_swiglu = config.hidden_act == "silu"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, may_be_parts: bool = False) -> torch.Tensor | Parts:
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         hidden_states = swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up
         del gate, up
-        return self.down_proj(hidden_states)
+        return project_out(hidden_states, self.down_proj, may_be_parts)
 
 
 def _pads_first(exists: torch.Tensor) -> torch.Tensor:
@@ -280,8 +291,9 @@ class BasedShortConv(nn.Module):
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
         conv_places: torch.Tensor | None = None,
+        may_be_parts: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Parts:
         projected = self.in_proj(hidden_states)
         batch, length, channels = projected.shape[0], projected.shape[1], self.conv.in_channels
         past = self.conv.kernel_size[0] - 1
@@ -303,7 +315,7 @@ class BasedShortConv(nn.Module):
         if layer is not None and next_state is not state:
             layer.update_recurrent_state(next_state)
         del projected
-        return self.out_proj(output)
+        return project_out(output, self.out_proj, may_be_parts)
 
 
 class BasedLinearAttention(nn.Module):
@@ -332,8 +344,9 @@ class BasedLinearAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         documents: PackedDocuments | None = None,
+        may_be_parts: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Parts:
         batch, length, _ = hidden_states.shape
         # [B, T, H, D] twice and [B, T, H, V]
         query, key, value = (
@@ -374,7 +387,7 @@ class BasedLinearAttention(nn.Module):
                 else:
                     layer.update_recurrent_state(state)
             layer.count(length)
-        return self.o_proj(output.reshape(batch, length, -1))
+        return project_out(output.reshape(batch, length, -1), self.o_proj, may_be_parts)
 
 
 class BasedAttention(nn.Module):
@@ -407,8 +420,9 @@ class BasedAttention(nn.Module):
         documents: PackedDocuments | None = None,
         key_order: torch.Tensor | None = None,
         exists: torch.Tensor | None = None,
+        may_be_parts: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | Parts, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
         # [B, T, H, D]
         query, key, value = (
@@ -421,7 +435,7 @@ class BasedAttention(nn.Module):
         is_ring = isinstance(layer, WindowCacheLayer)
         if is_ring and _is_step(attention_mask):
             output = self._step(query, key, value, position_embeddings, layer, attention_mask)
-            return self.o_proj(output.reshape(batch, 1, -1)), None
+            return project_out(output.reshape(batch, 1, -1), self.o_proj, may_be_parts), None
         if isinstance(attention_mask, WindowTokens) and can_attend_fused(value, self.head_dim):
             past = (None, None)
             if layer is not None:
@@ -438,7 +452,7 @@ class BasedAttention(nn.Module):
                 past_keys=past[0],
                 past_values=past[1],
             )
-            return self.o_proj(output.reshape(batch, length, -1)), None
+            return project_out(output.reshape(batch, length, -1), self.o_proj, may_be_parts), None
 
         # [B, H, T, D]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -496,7 +510,7 @@ class BasedAttention(nn.Module):
             if weights is not None:
                 weights = _restore(nn.functional.pad(weights, (0, 0, past_length, 0)), key_order, dim=2)
                 weights = _restore(weights[:, :, past_length:], key_order, dim=3)
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        return project_out(output.reshape(batch, length, -1), self.o_proj, may_be_parts), weights
 
     def _step(self, query, key, value, position_embeddings, layer: WindowCacheLayer, mask):
         if not layer.is_initialized:
@@ -867,14 +881,15 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        update: torch.Tensor | None = None,
+        update: torch.Tensor | Parts | None = None,
         defers_sums: bool = False,
         **kwargs,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | Parts]:
         """
         If it `defers_sums`, it returns its input after the mixer and the `update` of its MLP, for the next layer to add
         them in one kernel with its norm.
         """
+        parts = {"may_be_parts": True} if defers_sums and self._may_make_parts() else {}
         residual = hidden_states
         # Then `residual` is a sum that the layer before made, and nobody else looks at it any more.
         in_place = update is not None and not torch.is_grad_enabled() and not _are_all_watched()
@@ -883,14 +898,22 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         else:
             hidden_states, residual = self.input_layernorm(update, residual, in_place=in_place)
         if self.layer_type == "conv":
-            hidden_states = self.conv(hidden_states, **kwargs)
+            hidden_states = self.conv(hidden_states, **kwargs, **parts)
         elif self.layer_type == "linear_attention":
-            hidden_states = self.linear_attn(hidden_states, **kwargs)
+            hidden_states = self.linear_attn(hidden_states, **kwargs, **parts)
         else:
-            hidden_states, _ = self.self_attn(hidden_states, **kwargs)
+            hidden_states, _ = self.self_attn(hidden_states, **kwargs, **parts)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual, in_place=in_place)
-        update = self.mlp(hidden_states)
+        update = self.mlp(hidden_states, **parts)
         return (residual, update) if defers_sums else residual + update
+
+    def _may_make_parts(self) -> bool:
+        """Whether only the norms see what mixer and MLP make, and these are ours: a user may have put others there."""
+        if torch.is_grad_enabled() or _are_all_watched():
+            return False
+        ours = (BasedShortConv, BasedLinearAttention, BasedAttention, BasedMLP)
+        inner = [module for name, module in self.named_children() if not name.endswith("layernorm")]
+        return all(type(module) in ours and not is_watched(module) for module in inner)
 
 
 def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
@@ -902,24 +925,14 @@ def _can_defer_sums(layers: nn.ModuleList, norm: nn.Module) -> bool:
     for layer in layers:
         if type(layer) is not BasedDecoderLayer or (layer.gradient_checkpointing and layer.training):
             return False
-        if any(map(_is_watched, (layer, layer.input_layernorm, layer.post_attention_layernorm))):
+        if any(map(is_watched, (layer, layer.input_layernorm, layer.post_attention_layernorm))):
             return False
-    return not _is_watched(norm)
+    return not is_watched(norm)
 
 
 def _are_all_watched() -> bool:
     """By a compiler, `torch.func`, or hooks for all modules at once: any of them may keep what it sees."""
     return torch.compiler.is_compiling() or is_transformed() or nn.modules.module._has_any_global_hook()
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 # Each asks `from_pretrained` for other weights than those in the usual files.
@@ -1359,7 +1372,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         is_first = isinstance(cache, StaticCache) and cache.get_seq_length() == 0 and not self._has_built_kernels
         if is_first and not obstacle_to_graphs(self):
             self._has_built_kernels = True
-            build_kernels(self.config, self.dtype, self.device, kwargs.get("attention_mask"))
+            build_kernels(self.config, self.dtype, self.device, input_ids.shape[0], kwargs.get("attention_mask"))
         if isinstance(cache, StaticCache) and cache.is_private:
             stopping_criteria = AheadOfTheStop(stopping_criteria, self, cache)
         try:
@@ -1423,6 +1436,16 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values,
             **kwargs,
         }
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        """Called by `generate` after every forward. The GPU waits for this at every step."""
+        if not isinstance(outputs, RecordedStep):
+            return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] > 1:
+            model_kwargs["attention_mask"] = torch.ones_like(mask[:, -1:])
+        model_kwargs["position_ids"] = model_kwargs["position_ids"][:, -1:] + 1
+        return model_kwargs
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused before it changes the model: its pages hold keys and values, not a recurrent state."""

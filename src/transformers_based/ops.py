@@ -2,6 +2,7 @@
 """What the model does beside the Taylor attention, each op in plain PyTorch and, where it is faster, fused.
 
     project                  [x W_1, x W_2, ...]
+    project_out              x W + bias, which `rms_norm` may have to add up
     rms_norm                 x = hidden_states + residual;  weight * x / sqrt(mean(x^2) + eps)
     swiglu                   silu(gate) * up
     gated_short_conv         silu(conv(u)) * g                                                   of [B, T, C]
@@ -14,6 +15,7 @@ The fused steps have no backward: they run where no gradient is asked for.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -98,15 +100,25 @@ def _sums_gradients(x: torch.Tensor) -> bool:
 
 def _plain_weights(projections: tuple[nn.Module, ...]) -> tuple[nn.Parameter, ...] | None:
     """The weights, if all that the projections do is to multiply by them."""
-    for projection in projections:
-        # Adapters, quantized and sharded weights have other types, and hooks must be called.
-        if type(projection) is not nn.Linear or projection.bias is not None:
-            return None
-        if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
-            return None
-        if projection._backward_hooks or projection._backward_pre_hooks or type(projection.weight) is not nn.Parameter:
-            return None
+    if any(not _is_plain_linear(projection) or projection.bias is not None for projection in projections):
+        return None
     return tuple(projection.weight for projection in projections)
+
+
+def _is_plain_linear(projection: nn.Module) -> bool:
+    # Adapters, quantized and sharded weights have other types, and hooks must be called.
+    return type(projection) is nn.Linear and not is_watched(projection) and _are_plain(*projection.parameters())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees what goes into the module or comes out of it, or has replaced what it does."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def _side_by_side(tensors: tuple[torch.Tensor, ...], dim: int) -> torch.Tensor | None:
@@ -179,25 +191,71 @@ def lay_side_by_side(model: nn.Module) -> None:
                     weight.data = part
 
 
+class Parts(NamedTuple):
+    """A product with weights that was made in parts, one for each part of what it sums over."""
+
+    sums: torch.Tensor  # [P, B, T, C], fp32
+    bias: torch.Tensor | None  # [C]
+
+    def added_up(self, dtype: torch.dtype) -> torch.Tensor:
+        total = self.sums.sum(0)
+        return (total if self.bias is None else total + self.bias).to(dtype)
+
+
+def num_parts(x: torch.Tensor) -> int:
+    """
+    In how many parts a product of `x` `[B, T, K]` with weights is to be made for `rms_norm` to add up; 1 for in one.
+    Too few processors read a matrix that makes a few thousand numbers of a few thousand, unless each reads a part of
+    every row. With more tokens the parts take longer to write and to add up than that spares (kernels/README.md).
+    """
+    tokens = x.shape[:-1].numel()
+    parts = 4 if tokens <= 64 else 2
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    return parts if is_half and tokens <= 256 and x.shape[-1] % (8 * parts) == 0 and _is_step_fused("RMSNorm", x) else 1
+
+
+def project_out(x: torch.Tensor, projection: nn.Module, may_be_parts: bool = False) -> torch.Tensor | Parts:
+    """What a `nn.Linear` makes of `x` `[B, T, K]`; of few tokens on a GPU it `may_be_parts`."""
+    parts = num_parts(x) if may_be_parts and _are_plain(x) and _is_plain_linear(projection) else 1
+    fits = parts > 1 and projection.weight.dtype == x.dtype and projection.out_features <= _MAX_NORM_DIM
+    if not fits or torch.is_autocast_enabled(x.device.type):
+        return projection(x)
+    # [P, B T, K / P] and [P, K / P, C]
+    rows = x.reshape(-1, parts, x.shape[-1] // parts).transpose(0, 1)
+    weights = projection.weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
+    return Parts(_product_in_fp32(rows, weights).unflatten(1, x.shape[:-1]), projection.bias)
+
+
+def _product_in_fp32(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    # A CPU knows no such product; it comes here in the interpreter only.
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
+
+
 # A row stays in registers.
 _MAX_NORM_DIM = 16384
 
 
 def rms_norm(
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | Parts,
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    RMSNorm of `[B, T, C]`, in fp32 or better, after adding `residual` if there is one. The sum may be written over it
-    if `in_place`, which is for calls without gradients.
+    RMSNorm of `[B, T, C]`, in fp32 or better, after adding `residual` if there is one, which `Parts` always need. The
+    sum may be written over it if `in_place`, which is for calls without gradients.
 
     Returns:
         The normalised sum in the dtype of `weight`, and the sum in the wider dtype of the two.
     """
-    in_place = in_place and _can_hold_sum(residual, hidden_states)
+    is_in_parts = isinstance(hidden_states, Parts)
+    in_place = in_place and _can_hold_sum(residual, weight.dtype if is_in_parts else hidden_states.dtype)
+    if is_in_parts and _are_plain(weight) and _is_step_fused("RMSNorm", hidden_states.sums):
+        sums, bias = hidden_states
+        return based_kernels.rms_norm_of_parts(sums, weight, eps, residual=residual, bias=bias, in_place=in_place)
+    if is_in_parts:
+        hidden_states = hidden_states.added_up(weight.dtype)
     fits = weight.shape[0] <= _MAX_NORM_DIM and _are_plain(hidden_states, weight)
     # A compiler that sees the arithmetic does it beside what comes before and after.
     if fits and not _compiles_training() and _is_fused("RMSNorm", hidden_states):
@@ -213,8 +271,8 @@ def _scaled(hidden_states: torch.Tensor, scale: torch.Tensor, weight: torch.Tens
     return (weight * (hidden_states.to(scale.dtype) * scale)).to(weight.dtype)
 
 
-def _can_hold_sum(residual: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-    return residual.is_contiguous() and torch.promote_types(residual.dtype, hidden_states.dtype) == residual.dtype
+def _can_hold_sum(residual: torch.Tensor, added: torch.dtype) -> bool:
+    return residual.is_contiguous() and torch.promote_types(residual.dtype, added) == residual.dtype
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ try:
     from .gated_short_conv import conv_places, gated_short_conv
     from .gated_short_conv_step import gated_short_conv_step
     from .layers import TaylorAttention
-    from .rms_norm import rms_norm
+    from .rms_norm import rms_norm, rms_norm_of_parts
     from .sliding_attention import sliding_attention
     from .sliding_attention_step import sliding_attention_step
     from .swiglu import swiglu
@@ -36,6 +36,7 @@ except ImportError as error:
     gated_short_conv = _unavailable("gated_short_conv")
     gated_short_conv_step = _unavailable("gated_short_conv_step")
     rms_norm = _unavailable("rms_norm")
+    rms_norm_of_parts = _unavailable("rms_norm_of_parts")
     sliding_attention = _unavailable("sliding_attention")
     sliding_attention_step = _unavailable("sliding_attention_step")
     swiglu = _unavailable("swiglu")
@@ -57,6 +58,7 @@ __all__ = [
     "gated_short_conv_step",
     "is_available",
     "rms_norm",
+    "rms_norm_of_parts",
     "sliding_attention",
     "sliding_attention_step",
     "swiglu",

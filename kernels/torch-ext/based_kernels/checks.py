@@ -13,6 +13,7 @@ MAX_HEAD_DIM = 256
 MAX_WINDOW = 4096
 MAX_SLIDING_HEAD_DIM = 128
 MAX_NORM_DIM = 16384
+MAX_PARTS = 16
 CONV_KERNELS = range(2, 9)
 PENDING_SIZES = (16, 32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -292,15 +293,34 @@ def check_rms_norm_inputs(hidden_states, weight, eps, residual, in_place=False):
             )
         _check_device("residual", residual, hidden_states, "hidden_states")
     if in_place:
-        _check_holds_sum(residual, hidden_states)
+        _check_holds_sum(residual, hidden_states.dtype)
 
 
-def _check_holds_sum(residual, hidden_states):
+def check_rms_norm_of_parts_inputs(parts, weight, eps, residual, bias, in_place):
+    """Raises on what `rms_norm_of_parts` cannot take."""
+    _check_floats("parts", parts)
+    if parts.dtype != torch.float32 or parts.dim() < 2 or not 1 <= parts.shape[0] <= MAX_PARTS:
+        got = f"{parts.dtype} of shape {tuple(parts.shape)}"
+        raise ValueError(f"parts: got {got}, torch.float32 of shape [P, .., C] with P up to {MAX_PARTS} fits")
+    if residual is None:
+        raise TypeError("residual: got None, a tensor fits: without one, add the parts up and use rms_norm")
+    check_rms_norm_inputs(parts[0], weight, eps, residual)
+    _refuse_gradients(parts=parts, weight=weight, residual=residual, bias=bias)
+    if bias is not None:
+        _check_floats("bias", bias)
+        if bias.shape != weight.shape:
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, the shape of weight fits: {tuple(weight.shape)}")
+        _check_device("bias", bias, weight, "weight")
+    if in_place:
+        _check_holds_sum(residual, weight.dtype)
+
+
+def _check_holds_sum(residual, added_dtype):
     if torch.is_grad_enabled():
         raise ValueError("in_place: got True where gradients are enabled, use it under torch.no_grad()")
     if residual is None:
         raise ValueError("in_place: got True without residual, there is no sum to write")
-    dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
+    dtype = torch.promote_types(residual.dtype, added_dtype)
     if residual.dtype != dtype or not residual.is_contiguous():
         got = f"{residual.dtype}, {'' if residual.is_contiguous() else 'not '}contiguous"
         raise ValueError(f"residual: got {got}, {dtype} and contiguous fits, so that it holds the sum in_place")

@@ -9,8 +9,8 @@ Maths:  c = sum_j weight[:, j] u_{t - (K - 1) + j},   o = c sigmoid(c) g
 A program owns BLOCK_C channels of one row of the batch: nobody else reads or writes their state.
 """
 
-# ruff: noqa: RUF005, SIM102
-# Triton compiles nested ifs on a constant and a GPU value, not an `and` of the two; and adds tuples, but unpacks none.
+# ruff: noqa: RUF005
+# Triton adds tuples, but unpacks none.
 
 import torch
 import triton
@@ -44,11 +44,11 @@ def _gated_short_conv_step_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     p_o += i_b * C + o_c
+    m_s = m_c
     if HAS_MASK:
-        if tl.load(p_mask + i_b * stride_mb) == 0:
-            # a finished row: nothing is written to the state
-            tl.store(p_o, tl.zeros([BLOCK_C], dtype=p_o.dtype.element_ty), mask=m_c)
-            return
+        # a finished row: nothing is written to the state. The loads do not wait until that is known.
+        exists = tl.load(p_mask + i_b * stride_mb) != 0
+        m_s = o_c < tl.where(exists, C, 0)
     p_x += i_b * stride_xb * UNIT + o_c
     p_s += i_b * stride_sb * UNIT + o_c
     p_w += o_c * K
@@ -64,11 +64,13 @@ def _gated_short_conv_step_kernel(
     for i in tl.static_range(K - 1):
         b_c += tl.load(p_w + i, mask=m_c, other=0.0).to(tl.float32) * inputs[i].to(tl.float32)
     b_o = b_c / (1.0 + tl.exp(-b_c)) * b_g.to(tl.float32)
+    if HAS_MASK:
+        b_o = tl.where(exists, b_o, 0.0)
     tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_c)
     # the lane that stores an input need not be the one that loaded what stood there
     tl.debug_barrier()
     for i in tl.static_range(K - 1):
-        tl.store(p_s + i * stride_sk, inputs[i + 1], mask=m_c)
+        tl.store(p_s + i * stride_sk, inputs[i + 1], mask=m_s)
 
 
 def _gated_short_conv_step(projected, weight, state, mask):

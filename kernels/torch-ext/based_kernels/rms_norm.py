@@ -1,7 +1,8 @@
 # Copyright 2026 The transformers_based authors. Licensed under the Apache License, Version 2.0.
 """RMSNorm, and the sum of the residual stream before it, in one kernel; backward in one more, and one for the weight.
 
-Layout: hidden_states, residual, both outputs and their gradients [.., C]; weight [C].
+Layout: hidden_states, residual, both outputs and their gradients [.., C]; weight, bias [C]. Of a product that was made
+in parts, and that the kernel adds up, the parts [P, .., C] take the place of hidden_states.
 
 Maths:  x = residual + hidden_states, rounded to the stream's dtype
         y = x (mean(x^2) + eps)^(-1/2),  o = weight y   in fp32
@@ -15,7 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_rms_norm_inputs, common_unit, device_guard, refuse_second_order, rows_of
+from .checks import (
+    check_rms_norm_inputs,
+    check_rms_norm_of_parts_inputs,
+    common_unit,
+    device_guard,
+    refuse_second_order,
+    rows_of,
+)
 
 
 # Runs of rows in the backward pass: four programs a processor on the GPUs at hand, if there are rows enough.
@@ -27,15 +35,18 @@ def _rms_norm_fwd_kernel(
     p_x,
     p_r,
     p_w,
+    p_bias,
     p_sum,
     p_o,
     eps,
     stride_x,
     stride_r,
     C: tl.constexpr,
+    P: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     # torch.compile passes Python floats as float64
     eps = tl.cast(eps, tl.float32)
@@ -45,6 +56,11 @@ def _rms_norm_fwd_kernel(
     # [BLOCK_C] each
     b_w = tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + i_n * stride_x * UNIT + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for i_p in tl.static_range(1, P):
+        i_row = i_p * tl.num_programs(0) + i_n
+        b_x += tl.load(p_x + i_row * stride_x * UNIT + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        b_x += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b_r = tl.load(p_r + i_n * stride_r * UNIT + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_sum = (b_r + b_x).to(p_sum.dtype.element_ty)
@@ -122,31 +138,37 @@ def _tile(C):
     return block, min(max(block // 256, 1), 16)
 
 
-def _rms_norm_fwd(hidden_states, weight, eps, residual, in_place=False):
+def _rms_norm_fwd(hidden_states, weight, eps, residual, in_place=False, bias=None, is_in_parts=False):
     shape, C = hidden_states.shape, weight.shape[0]
     x = rows_of(hidden_states)
+    dtype, P = hidden_states.dtype, 1
+    if is_in_parts:
+        dtype, P, shape = weight.dtype, shape[0], shape[1:]
     normed = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     r, total, strides = x, hidden_states, (x.stride(0), x.stride(0))
     if residual is not None:
         r = rows_of(residual)
-        dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
+        dtype = torch.promote_types(residual.dtype, dtype)
         total = residual if in_place else torch.empty(shape, dtype=dtype, device=residual.device)
         strides = x.stride(0), r.stride(0)
     unit = common_unit(C, *strides)
     block, warps = _tile(C)
     with device_guard(x):
-        _rms_norm_fwd_kernel[(x.shape[0],)](
+        _rms_norm_fwd_kernel[(x.shape[0] // P,)](
             x,
             r,
             weight,
+            weight if bias is None else bias,
             total,
             normed,
             eps,
             *(stride // unit for stride in strides),
             C=C,
+            P=P,
             UNIT=unit,
             BLOCK_C=block,
             HAS_RESIDUAL=residual is not None,
+            HAS_BIAS=bias is not None,
             num_warps=warps,
         )
     return normed, total
@@ -247,3 +269,27 @@ def rms_norm(hidden_states, weight, eps, *, residual=None, in_place=False):
     if residual is None:
         return _RMSNorm.apply(hidden_states, weight, eps, None), hidden_states
     return _RMSNorm.apply(hidden_states, weight, eps, residual)
+
+
+def rms_norm_of_parts(parts, weight, eps, *, residual, bias=None, in_place=False):
+    """`rms_norm` of a product with weights that was made in P parts, one for each part of what it sums over.
+
+    Parts, bias and residual are added in fp32, and the sum is rounded once, to the dtype of the residual stream; the
+    order is that of the parts. Forward only: no gradients.
+
+    Args:
+        parts: [P, .., C], float32, P up to 16.
+        weight, eps: as of `rms_norm`.
+        residual: [.., C], float32, float16 or bfloat16.
+        bias: [C], float32, float16 or bfloat16, or None.
+        in_place: as of `rms_norm`.
+
+    Returns:
+        normed [.., C] in weight's dtype, and the sum [.., C] in the dtype that PyTorch promotes it and residual's to.
+
+    Raises:
+        TypeError or ValueError naming the argument, what it got and what fits.
+    """
+    check_rms_norm_of_parts_inputs(parts, weight, eps, residual, bias, in_place)
+    bias = None if bias is None else bias.contiguous()
+    return _rms_norm_fwd(parts, weight.contiguous(), eps, residual, in_place, bias, is_in_parts=True)

@@ -22,8 +22,8 @@ from .checks import check_sliding_step_inputs, device_guard, vector_rows
 
 
 # Elements in a tile of keys or values, by bytes of an element: both stay in registers. One warp a program waits for no
-# other, and the tiles to come are loaded meanwhile.
-_TILE = {2: 2048, 4: 2048}
+# other, and the tiles to come are loaded meanwhile. (16-bit tiles of 2,048 are 4 to 7 percent slower on an H200.)
+_TILE = {2: 1024, 4: 2048}
 _NUM_WARPS = {2: 1, 4: 2}
 
 
@@ -97,20 +97,9 @@ def _sliding_attention_step_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < DH
     p_o += (i_b * HKV + i_h) * (GROUP * DH) + o_d
-    if HAS_MASK:
-        if tl.load(p_mask + i_b * stride_mb) == 0:
-            # a finished row: nothing is written to its ring
-            for i_g in range(GROUP):
-                tl.store(p_o + i_g * DH, tl.zeros([BLOCK_D], dtype=p_o.dtype.element_ty), mask=m_d)
-            return
     p_count += i_b * stride_nb + i_h * stride_nh
     count = tl.load(p_count)
-    i_slot = (count % W).to(tl.int32)
-    earlier = tl.minimum(count, W - 1).to(tl.int32)
-    p_ring_k += (i_b * stride_ring_kb + i_h * stride_ring_kh) * 8
-    p_ring_v += (i_b * stride_ring_vb + i_h * stride_ring_vh) * 8
-
-    # [BLOCK_D] each
+    # [BLOCK_D] each; asked for before it is known whether the row is finished
     is_low = o_d < DH // 2
     o_pair = tl.where(is_low, o_d + DH // 2, o_d - DH // 2)
     b_cos = tl.load(p_cos + i_b * stride_cos + o_d, mask=m_d, other=0.0)
@@ -118,6 +107,16 @@ def _sliding_attention_step_kernel(
     b_sin = tl.where(is_low, -b_sin, b_sin)
     b_k = _rotated(p_k + (i_b * stride_kb + i_h * stride_kh) * 8, b_cos, b_sin, o_d, o_pair, m_d)
     b_v = tl.load(p_v + (i_b * stride_vb + i_h * stride_vh) * 8 + o_d, mask=m_d, other=0.0)
+    if HAS_MASK:
+        if tl.load(p_mask + i_b * stride_mb) == 0:
+            # a finished row: nothing is written to its ring
+            for i_g in range(GROUP):
+                tl.store(p_o + i_g * DH, tl.zeros([BLOCK_D], dtype=p_o.dtype.element_ty), mask=m_d)
+            return
+    i_slot = (count % W).to(tl.int32)
+    earlier = tl.minimum(count, W - 1).to(tl.int32)
+    p_ring_k += (i_b * stride_ring_kb + i_h * stride_ring_kh) * 8
+    p_ring_v += (i_b * stride_ring_vb + i_h * stride_ring_vh) * 8
     tl.store(p_ring_k + i_slot * DH + o_d, b_k, mask=m_d)
     tl.store(p_ring_v + i_slot * DH + o_d, b_v, mask=m_d)
 

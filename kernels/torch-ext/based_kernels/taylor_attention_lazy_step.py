@@ -48,7 +48,7 @@ def _fold(
     than what is added is rounded once in N tokens.
     """
     # tiles of few rows: from 64 on, Hopper's asynchronous products would be taken
-    BLOCK_R: tl.constexpr = 16
+    BLOCK_R: tl.constexpr = 32
     o_n = tl.arange(0, N)
     for i_f in range(tl.cdiv(F_PAD, BLOCK_F)):
         o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -231,7 +231,7 @@ def _taylor_attention_lazy_step(query, key, value, state, pending_keys, pending_
             # a cache line of 128 bytes a row: no column of D = 16 is a masked one, and a sum crosses eight lanes only
             BLOCK_F=32,
             HAS_MASK=mask is not None,
-            num_warps=4 if V <= 128 else 8,
+            num_warps=2 if V <= 128 else 8,
         )
     return output
 
