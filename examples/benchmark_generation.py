@@ -325,7 +325,9 @@ class ModelRun:
         options, ids = self.options(mode, batch), random_ids(self.model, batch, args.prompt)
         short = ids[:, :SHORT_PROMPT]
         run.seconds(self.model, short, WARM_UP_TOKENS, **options)
-        estimate = run.seconds(self.model, short, WARM_UP_TOKENS, **options) / WARM_UP_TOKENS
+        few = [run.seconds(self.model, short, tokens, **options) for tokens in (1, WARM_UP_TOKENS)]
+        # Noise may leave nothing of the difference where a step is short.
+        estimate = max(few[1] - few[0], few[1] / 10) / WARM_UP_TOKENS
         # The first prefill of this size also asks the driver for memory.
         run.seconds(self.model, ids, 1, **options)
         prefill, whole, started = [], [], time.perf_counter()

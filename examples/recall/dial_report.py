@@ -17,6 +17,7 @@ from pathlib import Path
 from frontier_report import best_rows, read_rows
 
 from transformers_based import BasedConfig, based_1b
+from transformers_based.cache_based import NUM_PENDING
 
 
 HERE = Path(__file__).resolve().parent
@@ -57,13 +58,18 @@ def read_generation(path: Path) -> dict:
 
 
 def state_parts(config: BasedConfig, value_bytes: int = 2) -> dict[str, int]:
-    """Bytes for one sequence behind a full window: fp32 for the sums of linear layers, `value_bytes` for the rest."""
+    """
+    Bytes for one sequence behind a full window: fp32 for the sums of linear layers, `value_bytes` for the rest. Beside
+    each sum a GPU keeps the last tokens and their number, which spares it writing the sum.
+    """
     layers = {kind: config.layer_types.count(kind) for kind in ("linear_attention", "sliding_attention", "conv")}
     features = -(-(config.linear_feature_dim + 1) * (config.linear_feature_dim + 2) // 2 // 8) * 8
     linear = config.linear_num_heads * (config.linear_head_dim + 1) * features * 4
     window = 2 * (config.sliding_window - 1) * config.num_key_value_heads * config.head_dim * value_bytes
     conv = (config.conv_kernel_size - 1) * config.conv_intermediate_size * value_bytes
-    return {name: layers[name] * size for name, size in zip(layers, (linear, window, conv))}
+    parts = {name: layers[name] * size for name, size in zip(layers, (linear, window, conv))}
+    waiting = NUM_PENDING * (config.linear_feature_dim + config.linear_head_dim) * value_bytes + 4
+    return parts | {"waiting": layers["linear_attention"] * config.linear_num_heads * waiting}
 
 
 def moved(parts: dict[str, int]) -> int:
@@ -191,7 +197,8 @@ def document(rows: list[dict], generation: dict) -> str:
         f"Decoding of the released shapes ({generation['device']}, {generation['dtype']}, "
         "[generation.md](../../results/generation.md)). The least time of a step is computed: weights, and what a step "
         "moves of the states of the batch, over the measured bandwidth of "
-        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s.",
+        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s. The state is counted with the {NUM_PENDING} tokens that "
+        "wait beside each sum on a GPU.",
     ]
     for shape in shapes:
         lines += ["", *speed_part(generation, shape)]
