@@ -328,6 +328,38 @@ def test_crop_with_masks_in_some_forwards_only(tiny_model):
     torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("layer_types", PATTERNS, ids="-".join)
+@pytest.mark.parametrize("start", [0, 3, 20])
+@pytest.mark.parametrize("remove", [1, 2, 6, 10])
+def test_crop_over_padding_behind_tokens(tiny_model, layer_types, start, remove):
+    """Each row gives back the tokens it was given, over several forwards and after its rows have moved."""
+    model = tiny_model(layer_types=layer_types).double()
+    turns, order = [start, 7, 1, 3], torch.tensor([2, 0, 1])
+    ids, mask = tokens(3, sum(turns)), torch.ones(3, sum(turns), dtype=torch.long)
+    mask[0, start + 5 : start + 7] = 0
+    mask[1, start : start + 2] = 0
+    mask[2, -2:] = 0
+    new = tokens(3, 5, seed=9)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        seen = 0
+        for turn in turns:
+            if seen == start:
+                cache.activate_past_recording()
+            seen += turn
+            if turn:
+                model(ids[:, seen - turn : seen], attention_mask=mask[:, :seen], past_key_values=cache)
+        cache.reorder_cache(order)
+        cache.crop(-remove)
+        ids = torch.cat([ids[order, :-remove], new], dim=1)
+        mask = torch.cat([mask[order, :-remove], torch.ones_like(new)], dim=1)
+        parts = [model(new[:, :2], attention_mask=mask[:, :-3], past_key_values=cache).logits]
+        parts.append(model(new[:, 2:], attention_mask=mask, past_key_values=cache).logits)
+        for row, kept, got in zip(ids, mask.bool(), torch.cat(parts, dim=1)):
+            expected = model(row[kept][None], use_cache=False).logits[0, -5:]
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
 def test_crop_errors(tiny_model):
     """Never silently wrong: unrecorded tokens, too many tokens, a length instead of a number to remove."""
     model = tiny_model(layer_types=ATTENTION_FREE)
@@ -442,6 +474,81 @@ def test_cache_of_another_batch_size(tiny_model, layer_types, length):
             model(tokens(before, 5), past_key_values=cache)
             with pytest.raises(ValueError, match=r"cache.*batch"):
                 model(tokens(after, length), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("layer_types", PATTERNS, ids="-".join)
+def test_beams_on_a_cache_of_one_row_each(tiny_model, layer_types, kind):
+    model = tiny_model(layer_types=layer_types)
+    ids, cache = tokens(2, 12), make_cache(model, kind)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    with pytest.raises(
+        ValueError, match=r"holds a batch of 2, the input has a batch size of 6.*batch_repeat_interleave"
+    ):
+        model.generate(ids, past_key_values=cache, **arguments)
+    cache.batch_repeat_interleave(3)
+    expected = model.generate(ids, use_cache=False, **arguments)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64"), ("float64", "float32")],
+)
+def test_cache_of_another_dtype(tiny_model, before, after, kind, length):
+    """It goes on in the dtype of the model, no further from fp64 than the model of the lesser dtype would be."""
+    first, second = (tiny_model().to(getattr(torch, name)) for name in (before, after))
+    cache, ids = make_cache(first, kind), tokens(2, 11 + length)
+    with torch.no_grad():
+        exact = tiny_model().double()(ids, use_cache=False).logits[:, 9:]
+        plain = [model(ids, use_cache=False).logits[:, 9:] for model in (first, second)]
+        first(ids[:, :9], past_key_values=cache)
+        parts = [second(part, past_key_values=cache).logits for part in ids[:, 9:].split([length, 1, 1], dim=1)]
+    error = (torch.cat(parts, dim=1) - exact).abs().max()
+    assert error <= 2 * max((x - exact).abs().max() for x in plain)
+    assert not {layer.keys.dtype for layer in cache.layers if hasattr(layer, "keys")} - {second.dtype}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("layer_types", PATTERNS, ids="-".join)
+def test_a_mask_left_out_after_padding(tiny_model, layer_types, kind, side):
+    """New tokens all exist, and the past is what it was; a window that cannot tell asks for the mask."""
+    model = tiny_model(layer_types=layer_types).double()
+    ids, mask = tokens(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[0, slice(3) if side == "left" else slice(6, 9)] = 0
+    cache = make_cache(model, kind)
+    with torch.no_grad():
+        model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+        if "sliding_attention" in layer_types and kind == "dynamic":
+            for step in (1, 7):
+                with pytest.raises(ValueError, match="`past_key_values` has seen padding: pass its `attention_mask`"):
+                    model(ids[:, 9 : 9 + step], past_key_values=cache)
+            cache.reset()
+            torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+            return
+        parts = [model(part, past_key_values=cache).logits for part in ids[:, 9:].split([1, 5, 1], dim=1)]
+        for row, exists, got in zip(ids, mask.bool(), torch.cat(parts, dim=1)):
+            expected = model(row[exists][None], use_cache=False).logits[0, -7:]
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("was_padded", [False, True])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_mask_of_another_past(tiny_model, was_padded, length):
+    """A ring knows how many tokens of each row it has seen."""
+    model = tiny_model()
+    ids, mask, cache = tokens(2, 9 + length), torch.ones(2, 9 + length, dtype=torch.long), make_cache(model, "static")
+    mask[0, :3] = 0
+    masks = (mask, torch.ones_like(mask)) if was_padded else (torch.ones_like(mask), mask)
+    with torch.no_grad():
+        model(ids[:, :9], attention_mask=masks[0][:, :9], past_key_values=cache)
+        with pytest.raises(ValueError, match="the mask of that time"):
+            model(ids[:, 9:], attention_mask=masks[1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("cache", ["tuple", "encoder_decoder"])

@@ -70,6 +70,41 @@ def test_trap_01_padded_model_equals_unpadded(tiny_model, layer_types, where):
         assert (without_mask - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+@pytest.mark.parametrize("where", ["left", "right", "middle"])
+@pytest.mark.parametrize(("attention", "length"), [("sdpa", 17), ("sdpa", 300), ("eager", 17)])
+@pytest.mark.parametrize("layer_types", PATTERNS)
+def test_trap_01_nan_under_padding_stays_there(tiny_model, monkeypatch, layer_types, attention, where, kind, length):
+    """A weight of 0 does not hide NaN: 0 * NaN is NaN."""
+    monkeypatch.setenv("TRANSFORMERS_BASED_BACKEND", "torch")
+    model = tiny_model(layer_types=layer_types, attn_implementation=attention)
+    ids, mask = tokens(1, length + 4), torch.ones(1, length + 4, dtype=torch.long)
+    mask[:, {"left": slice(5), "right": slice(length - 5, length), "middle": slice(4, 9)}[where]] = 0
+    cache = {
+        None: lambda: None,
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
+    }[kind]()
+    with torch.no_grad():
+        expected = model(ids[mask.bool()][None], use_cache=False).logits[0]
+        for garbage in (float("nan"), float("inf")):
+            embeds = model.get_input_embeddings()(ids).masked_fill(mask[..., None] == 0, garbage)
+            parts, seen = [], 0
+            for part in embeds.split([length, 1, 3] if cache is not None else [length + 4], dim=1):
+                seen += part.shape[1]
+                output = model(
+                    inputs_embeds=part,
+                    attention_mask=mask[:, :seen],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+                parts.append(output.logits)
+            got = torch.cat(parts, dim=1)[mask.bool()]
+            torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+            if cache is not None:
+                cache.reset()
+
+
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "autocast", "reorder", "prefill"])
 def test_trap_02_state_counts_beyond_half_precision(tiny_model, kind):
     """The state never decays: a counter stops at 256 in bf16 and at 2048 in fp16. It is fp32 whatever happens."""

@@ -197,8 +197,8 @@ def document(rows: list[dict], generation: dict) -> str:
         f"Decoding of the released shapes ({generation['device']}, {generation['dtype']}, "
         "[generation.md](../../results/generation.md)). The least time of a step is computed: weights, and what a step "
         "moves of the states of the batch, over the measured bandwidth of "
-        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s. The state is counted with the {NUM_PENDING} tokens that "
-        "wait beside each sum on a GPU.",
+        f"{generation['copy_bytes_per_second'] / 1e9:,.0f} GB/s. The state is counted with the {NUM_PENDING} tokens "
+        "that wait beside each sum on a GPU.",
     ]
     for shape in shapes:
         lines += ["", *speed_part(generation, shape)]

@@ -6,8 +6,8 @@
     sliding_attention   keys, values [B, H, W, D]      in a static cache: a ring, token r of a row at slot r % W
 
 transformers builds its own layers; `adopt_cache` swaps these in when a cache is first used. The window of a dynamic
-cache stays transformers'. A recurrent state is a function of the tokens it has seen: those that still wait beside it
-are taken back by not counting them, others by redoing what was kept since a snapshot.
+cache stays transformers', but for the place of padding. A recurrent state is a function of the tokens it has seen:
+those that still wait beside it are taken back by not counting them, others by redoing what was kept since a snapshot.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
@@ -82,10 +83,14 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
             fold_pending(state, *pending, scale=self.scale)
         return state
 
-    def read(self, *shape: int) -> torch.Tensor | None:
-        """The state, or `None` before the first token. Raises `ValueError` if the mixer needs one of another shape."""
+    def read(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """
+        The state, or `None` before the first token, from now on in this `dtype` if one is given. Raises `ValueError` if
+        the mixer needs one of another shape.
+        """
         if self.has_previous_state[0]:
             check_shape(self.recurrent_states[0], shape)
+            self.recurrent_states[0] = self.recurrent_states[0].to(dtype or self.recurrent_states[0].dtype)
         return self.state
 
     def lazily(self, shape: tuple[int, ...], key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -98,6 +103,8 @@ class TaylorCacheLayer(_RowsOfTheBatch, LinearAttentionLayer):
             if not self.held and self.pending:
                 fold_pending(self.recurrent_states[0], *self.pending.values(), scale=self.scale)
             self.held += key.shape[1]
+        for name in ("pending_keys", "pending_values") if self.pending else ():
+            self.pending[name] = self.pending[name].to(key.dtype)
         if not self.pending:
             batch, _, heads, _ = key.shape
             self.pending = {
@@ -337,6 +344,51 @@ class WindowCacheLayer(_RowsOfTheBatch, StaticSlidingWindowLayer):
             self.keys, self.values, self.seen = (_put(rows(x), x) for x in (self.keys, self.values, self.seen))
 
 
+class DynamicWindowCacheLayer(_RowsOfTheBatch, DynamicSlidingWindowLayer):
+    """transformers' window, in which padding stands before all tokens of its row, wherever it came."""
+
+    def __init__(self, layer: DynamicSlidingWindowLayer):
+        super().__init__(layer.sliding_window)
+        vars(self).update(vars(layer))
+        # Once padding came behind tokens: which of the last ones exist, `[B, N]`.
+        self.exists: torch.Tensor | None = None
+        self.has_padding = False
+
+    def put_padding_first(
+        self, keys: torch.Tensor, values: torch.Tensor, exists: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `update` returned for tokens of which some do not exist (`[B, T]`), and what it keeps, in this order."""
+        num_visible, num_held = keys.shape[2], self.keys.shape[2]
+        if num_held > num_visible:
+            # While recording it keeps more than it returns.
+            keys, values = self.keys, self.values
+        old = keys.shape[2] - exists.shape[1]
+        order = torch.nn.functional.pad(exists, (old, 0), value=True).int().argsort(dim=1, stable=True)[:, None]
+        keys, values = (_at_slots(x, order) for x in (keys, values))
+        self.keys, self.values = (x[:, :, -num_held:] for x in (keys, values))
+        known = exists if self.exists is None else torch.cat([self.exists, exists], dim=1)
+        self.exists = known[:, -num_held:]
+        return keys[:, :, -num_visible:], values[:, :, -num_visible:]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0 and self.exists is not None:
+            # transformers takes from the end, where padding that is to go has to be too.
+            padding = (~self.exists[:, tokens_to_remove:]).sum(dim=1)[:, None, None]
+            slots = (torch.arange(self.keys.shape[2], device=padding.device) + padding) % self.keys.shape[2]
+            self.keys, self.values = (_at_slots(x, slots) for x in (self.keys, self.values))
+            self.exists = self.exists[:, :tokens_to_remove]
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.exists, self.has_padding = None, False
+
+    def _select(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.get_seq_length() > 0:
+            self.keys, self.values = rows(self.keys), rows(self.values)
+            self.exists = None if self.exists is None else rows(self.exists)
+
+
 def _at_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """The entries of `[B, H, N, D]` at `slots` `[B, 1, M]`."""
     return x.gather(2, slots[..., None].expand(-1, x.shape[1], -1, x.shape[3]))
@@ -415,6 +467,8 @@ def adopt_cache(cache: Cache, config, batch_size: int | None = None, new_tokens:
             layers[i].record_past = layer.record_past
         elif _becomes_ring(layer, config):
             layers[i] = WindowCacheLayer(config.sliding_window)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            layers[i] = DynamicWindowCacheLayer(layer)
     return cache
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -50,7 +50,7 @@ from transformers.utils import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_based import TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
+from .cache_based import DynamicWindowCacheLayer, TaylorCacheLayer, WindowCacheLayer, adopt_cache, check_shape
 from .configuration_based import BasedConfig
 from .decode_graph import (
     AheadOfTheStop,
@@ -302,7 +302,7 @@ class BasedShortConv(nn.Module):
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
             layer.record(partial(_conv_state, past), projected[..., :channels], attention_mask)
-            state = layer.read(batch, past, channels)
+            state = layer.read(batch, past, channels, dtype=projected.dtype)
             layer.count(length)
         output, next_state = self.conv(
             projected,
@@ -432,6 +432,9 @@ class BasedAttention(nn.Module):
         layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if layer is not None and layer.keys is not None and layer.keys.ndim == 4:
             check_shape(layer.keys, (batch, key.shape[2], layer.keys.shape[2], self.head_dim))
+            if layer.keys.dtype != value.dtype:
+                # Filled by a model of another dtype.
+                layer.keys, layer.values = layer.keys.to(value.dtype), layer.values.to(value.dtype)
         is_ring = isinstance(layer, WindowCacheLayer)
         if is_ring and _is_step(attention_mask):
             output = self._step(query, key, value, position_embeddings, layer, attention_mask)
@@ -458,6 +461,9 @@ class BasedAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         rotated_query, rotated_key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
+        if exists is not None:
+            # What stands under padding may be NaN, which a weight of 0 lets through.
+            key, value = (x.masked_fill(~exists[:, None, :, None], 0) for x in (key, value))
         if is_ring:
             key, value = layer.append(key, value, exists)
             layer.count(length)
@@ -467,11 +473,13 @@ class BasedAttention(nn.Module):
             # transformers 5.17 returns more than the mask covers after `reset` and while recording for `crop`.
             key, value = key[:, :, -num_keys:], value[:, :, -num_keys:]
         past_length = key.shape[2] - length
-        if key_order is not None:
+        if isinstance(layer, DynamicWindowCacheLayer) and (key_order is not None or layer.exists is not None):
+            new = exists if exists is not None else torch.ones_like(key[:, 0, :length, 0], dtype=torch.bool)
+            key, value = layer.put_padding_first(key, value, new)
+        elif key_order is not None:
             key, value = (_reorder(x, key_order, dim=2) for x in (key, value))
+        if key_order is not None:
             query = _reorder(nn.functional.pad(query, (0, 0, past_length, 0)), key_order, dim=2)[:, :, past_length:]
-            if layer is not None and not is_ring:
-                layer.keys, layer.values = (x[:, :, -layer.keys.shape[2] :] for x in (key, value))
 
         if isinstance(attention_mask, WindowTokens):
             # The layer is elsewhere than the tokens: no kernel there.
@@ -600,6 +608,7 @@ def _make_masks(
     looks = not torch.compiler.is_compiling() and (
         length > 1 or inputs_embeds.device.type == "cpu" or not (layer is None or is_ring)
     )
+    is_given = attention_mask is not None
     attention_mask = _checked(attention_mask, inputs_embeds, past_key_values, looks)
     tokens = attention_mask[:, -length:] if attention_mask is not None else None
     if tokens is not None and looks and tokens.all():
@@ -615,10 +624,19 @@ def _make_masks(
     fuses = (
         config._attn_implementation == "sdpa"
         and not output_attentions
-        and (is_ring or layer is None or type(layer) is DynamicSlidingWindowLayer)
+        and (is_ring or layer is None or (type(layer) is DynamicWindowCacheLayer and layer.exists is None))
         and can_attend_fused(inputs_embeds, config.head_dim)
     )
     if is_ring:
+        if is_given and looks and layer.is_initialized:
+            past = (
+                past_key_values.get_seq_length() if attention_mask is None else attention_mask[:, :-length].sum(dim=1)
+            )
+            if (layer.seen[:, 0] != past).any():
+                raise ValueError(
+                    "`attention_mask` hides more or fewer tokens of the past than `past_key_values` has seen hidden: "
+                    "pass the mask of that time, followed by that of the new tokens."
+                )
         new = tokens if tokens is not None else inputs_embeds.new_ones(batch, length, dtype=torch.bool)
         if length == 1 and not output_attentions and not torch.is_grad_enabled():
             masks["sliding_attention"] = new
@@ -632,6 +650,12 @@ def _make_masks(
         moves = tokens is not None and (not looks or _has_padding_behind_tokens(exists))
     else:
         past_length, offset = 0, 0
+        if isinstance(layer, DynamicWindowCacheLayer) and looks:
+            if layer.has_padding and not is_given:
+                raise ValueError(
+                    "`past_key_values` has seen padding: pass its `attention_mask`, followed by that of the new tokens."
+                )
+            layer.has_padding = layer.has_padding or tokens is not None
         if past_key_values is not None:
             num_keys, offset = layer.get_mask_sizes(length)
             past_length = num_keys - length
@@ -641,10 +665,10 @@ def _make_masks(
             # Nothing is kept of these tokens: padding behind the last of them may stay where it is.
             moves = _has_padding_between_tokens(attention_mask)
         if moves:
-            if layer is not None and not isinstance(layer, DynamicSlidingWindowLayer):
+            if layer is not None and not isinstance(layer, DynamicWindowCacheLayer):
                 raise ValueError(
-                    "Padding behind tokens that exist moves tokens in the window, which a static cache cannot with "
-                    f"{config._attn_implementation}: use a dynamic cache, sdpa, or pad on the left."
+                    f"Padding behind tokens that exist moves tokens in the window, which a {type(layer).__name__} "
+                    f"cannot with {config._attn_implementation}: use a dynamic cache, sdpa, or pad on the left."
                 )
             seen = attention_mask[:, :-length].sum(dim=1, keepdim=True)
             is_kept = torch.arange(past_length, 0, -1, device=attention_mask.device) <= seen
@@ -717,6 +741,14 @@ def _check_positions(position_ids: torch.Tensor | None, inputs_embeds: torch.Ten
     is_cheap = length > 1 or position_ids.device.type == "cpu"
     if is_cheap and not torch.compiler.is_compiling() and (position_ids < 0).any():
         raise ValueError(f"`position_ids` must not be negative; got {int(position_ids.min())}.")
+
+
+def _next_position(cache: Cache | None) -> int | torch.Tensor:
+    """Of the first new token: a number, or `[B, 1]` from a ring, which knows how many tokens of each row exist."""
+    for layer in cache.layers if cache is not None else ():
+        if isinstance(layer, WindowCacheLayer) and layer.is_initialized:
+            return layer.seen[:, :1]
+    return cache.get_seq_length() if cache is not None else 0
 
 
 def _has_padding_behind_tokens(attention_mask: torch.Tensor | None) -> bool:
@@ -1196,8 +1228,7 @@ class BasedModel(BasedPreTrainedModel):
             if position_ids is None and isinstance(attention_mask, torch.Tensor):
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
             elif position_ids is None:
-                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
+                position_ids = torch.arange(length, device=inputs_embeds.device)[None] + _next_position(past_key_values)
             # fp32 whatever the model's dtype: positions in the thousands have no exact angle in bf16.
             like = inputs_embeds.new_empty(0, dtype=at_least_fp32(inputs_embeds.dtype))
             position_embeddings = self.rotary_emb(like, position_ids)
@@ -1457,6 +1488,8 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """Called by `generate` outside of the compiled forward; see `_make_masks`."""
+        if past_key_values is not None:
+            adopt_cache(past_key_values, config, batch_size=inputs_embeds.shape[0])
         return _make_masks(config, inputs_embeds, attention_mask, past_key_values)
 
 
