@@ -106,7 +106,7 @@ class RecurrentPart(TaylorCacheLayer):
             state = fold(None, *tokens)
         self.before = self.fetch.apply(state, self.group)
 
-    def read(self, *shape: int) -> torch.Tensor:
+    def read(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.before
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -244,6 +244,9 @@ def test_parts_in_place_and_of_any_stride():
 
 
 def bad_calls_of_parts():
+    def odd(x):
+        return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+
     def replace(**changes):
         def call():
             names = ("parts", "weight", "residual", "bias")
@@ -261,7 +264,7 @@ def bad_calls_of_parts():
         ("parts", TypeError, "a tensor", replace(parts=lambda x: None)),
         ("residual", TypeError, "a tensor", replace(residual=lambda x: None)),
         ("residual", ValueError, "shape of hidden_states", replace(residual=lambda x: x[:1])),
-        ("residual", ValueError, "torch.bfloat16 and contiguous", replace(residual=torch.t, in_place=lambda x: True)),
+        ("residual", ValueError, "torch.float32 and contiguous", replace(residual=odd, in_place=lambda x: True)),
         ("weight", ValueError, r"\[24\]", replace(weight=lambda x: x[:8])),
         ("bias", ValueError, "shape of weight", replace(bias=lambda x: x[:8])),
         ("bias", TypeError, "float32 or float16 or bfloat16", replace(bias=lambda x: x.double())),
